@@ -1,0 +1,46 @@
+# `make venv` builds .venv, `make test` runs every test, `make demo` the demo, `make lint` the style check.
+# Which vLLM: the CUDA build on a host with an NVIDIA GPU, else the CPU build; VARIANT=cpu overrides.
+
+PYTHON  ?= python3.11
+VENV    := .venv
+BIN     := $(VENV)/bin
+VARIANT ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+STAMP   := $(VENV)/.stamp-$(VARIANT)
+
+.PHONY: venv test demo lint clean
+
+venv: $(STAMP)
+
+# Rebuilt only when the dependencies may have changed; the package itself is installed editable.
+# CPU: torch goes first and alone, so that the resolver keeps it instead of a build for another device.
+# vLLM asks for torchvision, torchaudio and torchcodec without a version, and builds for another torch
+# break every import of transformers ("operator torchvision::nms does not exist"). Nothing here needs
+# them, so those that do not import go.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+ifeq ($(VARIANT),cpu)
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+endif
+	$(BIN)/python -m pip install --quiet --editable ".[$(VARIANT),dev]"
+ifeq ($(VARIANT),cpu)
+	for package in torchvision torchaudio torchcodec; do \
+		$(BIN)/python -c "import torch, $$package" >/dev/null 2>&1 \
+		|| $(BIN)/python -m pip uninstall --quiet --yes $$package; \
+	done
+endif
+	rm -f $(VENV)/.stamp-*
+	touch $@
+
+test: venv
+	$(BIN)/python -m pytest
+
+demo: venv
+	$(BIN)/python examples/demo.py
+
+lint: venv
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,481 @@
+"""From text and images to prompt ids, spans, tiles and visual tokens, through vLLM's front end.
+
+No engine runs: a stand-in model class carries the processor, so that neither the text backbone nor
+the scheduler can spoil these tests.
+"""
+
+import asyncio
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoConfig
+from vllm import ModelRegistry
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import AutoWeightsLoader
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+from vllm.renderers import ChatParams
+from vllm.renderers.registry import renderer_from_config
+
+from tests import tiny_checkpoint
+from vllm_dvlm.models import processing, renderer
+from vllm_dvlm.models.configuration import LlavaLLaDAConfig
+from vllm_dvlm.models.vision import VisionStack, build_projector
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
+WITH_IMAGES = [
+    "b1_image_steps_eq_gen",
+    "b2_image_square",
+    "b3_image_grid2x1",
+    "b4_image_after_text",
+]
+WITH_IMAGES += ["b5_same_as_g1", "i1_two_images_anyres", "i2_two_images_pad", "i3_one_image_pad"]
+WITH_IMAGES += ["l1_big_image_downsampled"]
+TEXT_ONLY = ["a1_text_single_block", "a2_text_blocks_k2"]
+PREPROCESSING = sorted(path.stem for path in GOLDEN.glob("p*.json"))
+REFERENCE_PLACEHOLDER = -200
+ARCHITECTURE = "DvlmProcessingStandIn"
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    processing.LLaDAVMultiModalProcessor,
+    info=processing.LLaDAVProcessingInfo,
+    dummy_inputs=processing.LLaDAVDummyInputsBuilder,
+)
+class StandIn(torch.nn.Module, SupportsMultiModal):
+    """Just enough for vLLM to take it for a multimodal text generator."""
+
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__()
+
+    @classmethod
+    def get_placeholder_str(cls, modality, i):
+        return renderer.IMAGE_PLACEHOLDER
+
+    def embed_input_ids(self, input_ids): ...
+
+    def embed_multimodal(self, **kwargs): ...
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None): ...
+
+    def compute_logits(self, hidden_states): ...
+
+
+def engine_config(folder, **kwargs):
+    overrides = {"architectures": [ARCHITECTURE], **kwargs.pop("hf_overrides", {})}
+    args = EngineArgs(model=str(folder), dtype="float32", hf_overrides=overrides, **kwargs)
+    config = args.create_engine_config()
+    renderer.configure_model(config.model_config)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    AutoConfig.register("llava_llada", LlavaLLaDAConfig, exist_ok=True)
+    ModelRegistry.register_model(ARCHITECTURE, StandIn)
+    renderer.register_renderer()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_checkpoint.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint):
+    return engine_config(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def front_end(config):
+    made = renderer_from_config(config)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def fresh(front_end):
+    front_end.clear_mm_cache()
+    return front_end
+
+
+def load(name):
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def images_of(case):
+    return [Image.open(GOLDEN / "images" / image["file"]) for image in case["images"]]
+
+
+def mm_options(case):
+    ratio = case.get("settings", {}).get("image_aspect_ratio")
+    return {"mm_processor_kwargs": {"image_aspect_ratio": ratio}} if ratio else {}
+
+
+def render(front_end, prompt):
+    return front_end.render_cmpl([prompt])[0]
+
+
+def expanded(case, image_token_id):
+    images = iter(case["images"])
+    for token in case["prompt_ids"]:
+        if token == REFERENCE_PLACEHOLDER:
+            yield from [image_token_id] * next(images)["visual_tokens"]
+        else:
+            yield token
+
+
+def same_as(case, result):
+    image_token_id = 126349
+    assert result["prompt_token_ids"] == list(expanded(case, image_token_id))
+    assert len(result["prompt_token_ids"]) == case["prompt_len"]
+    spans = [[p.offset, p.offset + p.length] for p in result["mm_placeholders"]["image"]]
+    assert spans == [image["span"] for image in case["images"]]
+    assert all(p.is_embed is None for p in result["mm_placeholders"]["image"])
+    for item, image in zip(result["mm_kwargs"]["image"], case["images"], strict=True):
+        fields = item.get_data()
+        assert fields["image_sizes"].tolist() == image["size_wh"]
+        assert fields["num_tiles"].item() == image["tiles"] == len(fields["pixel_values"])
+        total = fields["pixel_values"].double().sum().item()
+        assert total == pytest.approx(image["pixel_stats"]["sum"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_ids_spans_and_tiles(fresh, name):
+    case = load(name)
+    prompt = {"prompt": case["prompt_text"], "multi_modal_data": {"image": images_of(case)}}
+    same_as(case, render(fresh, {**prompt, **mm_options(case)}))
+
+
+@pytest.mark.parametrize("name", TEXT_ONLY)
+def test_ids_of_text(fresh, name):
+    case = load(name)
+    assert render(fresh, {"prompt": case["prompt_text"]})["prompt_token_ids"] == case["prompt_ids"]
+
+
+@pytest.mark.parametrize("name", ["i1_two_images_anyres", "i3_one_image_pad"])
+def test_async_path_and_token_prompts(fresh, name):
+    case = load(name)
+    extra = {"multi_modal_data": {"image": images_of(case)}, **mm_options(case)}
+    ids = [126349 if i == REFERENCE_PLACEHOLDER else i for i in case["prompt_ids"]]
+    for prompt in ({"prompt": case["prompt_text"]}, {"prompt_token_ids": ids}):
+        same_as(case, asyncio.run(fresh.render_cmpl_async([{**prompt, **extra}]))[0])
+
+
+def test_cached_images_need_no_work_and_change_nothing(fresh, monkeypatch):
+    case = load("i1_two_images_anyres")
+    prompt = {"prompt": case["prompt_text"], "multi_modal_data": {"image": images_of(case)}}
+    calls, real = [], processing.preprocess
+    monkeypatch.setattr(processing, "preprocess", lambda *args: calls.append(0) or real(*args))
+    first = render(fresh, dict(prompt))
+    assert len(calls) == 2
+    again = render(fresh, dict(prompt))
+    assert len(calls) == 2, "both were cached"
+    same_as(case, again)
+    assert again["mm_hashes"] == first["mm_hashes"]
+    # One of two cached, and in another order.
+    big = Image.open(GOLDEN / "images" / "square_384x384.png")
+    mixed = {"image": [images_of(case)[1], big]}
+    result = render(fresh, {"prompt": case["prompt_text"], "multi_modal_data": mixed})
+    assert len(calls) == 3
+    assert [p.length for p in result["mm_placeholders"]["image"]] == [891, 1485]
+    # A request's own mode is another entry.
+    case = load("i2_two_images_pad")
+    prompt = {"prompt": case["prompt_text"], "multi_modal_data": {"image": images_of(case)}}
+    same_as(case, render(fresh, {**prompt, **mm_options(case)}))
+
+
+def test_refused_request_leaves_no_trace(fresh):
+    """The front end always sends its images: a refusal after rendering cannot make it forget."""
+    case = load("b1_image_steps_eq_gen")
+    prompt = {"prompt": case["prompt_text"], "multi_modal_data": {"image": images_of(case)}}
+    render(fresh, dict(prompt))  # never reaches an engine
+    again = render(fresh, dict(prompt))
+    assert all(item is not None for item in again["mm_kwargs"]["image"])
+
+
+def test_without_cache_images_keep_their_identity(checkpoint):
+    front_end = renderer_from_config(engine_config(checkpoint, mm_processor_cache_gb=0))
+    case = load("b1_image_steps_eq_gen")
+    prompt = {"prompt": case["prompt_text"], "multi_modal_data": {"image": images_of(case)}}
+    hashes = [render(front_end, dict(prompt))["mm_hashes"]["image"] for _ in range(2)]
+    assert hashes[0] == hashes[1] and "renderer" not in hashes[0][0]
+    front_end.shutdown()
+
+
+def chat(front_end, content, **kwargs):
+    return front_end.render_chat([[{"role": "user", "content": content}]], ChatParams(**kwargs))[1][
+        0
+    ]
+
+
+@pytest.mark.parametrize("name", ["b1_image_steps_eq_gen", "i1_two_images_anyres"])
+def test_chat_with_our_template(tmp_path, name):
+    """A checkpoint that lacks a template gets the official conversation."""
+    tiny_checkpoint.build(tmp_path, without_chat_template=True)
+    front_end = renderer_from_config(engine_config(tmp_path))
+    case = load(name)
+    parts = [{"type": "image_pil", "image_pil": image} for image in images_of(case)]
+    text = {"type": "text", "text": case["question"].replace("<image>\n", "")}
+    same_as(case, chat(front_end, [*parts, text]))
+    same_as(case, chat(front_end, [*parts, {"type": "text", "text": case["question"]}]))
+    plain = load("a1_text_single_block")
+    assert chat(front_end, plain["question"])["prompt_token_ids"] == plain["prompt_ids"]
+    with pytest.raises(VLLMValidationError, match="placeholder"):
+        chat(front_end, case["question"])
+    front_end.shutdown()
+
+
+def test_chat_with_the_checkpoints_own_template(fresh):
+    """It knows no parts: vLLM puts `<image>` and a line break first, and no system text is added."""
+    case = load("b1_image_steps_eq_gen")
+    text = {"type": "text", "text": "Please describe the image in detail."}
+    part = {"type": "image_pil", "image_pil": images_of(case)[0]}
+    system_text = (
+        case["prompt_text"]
+        .split("\n\n")[1]
+        .removesuffix("<|eot_id|><|start_header_id|>user<|end_header_id|>")
+    )
+    messages = [{"role": "system", "content": system_text}]
+    messages += [{"role": "user", "content": [text, part]}]
+    same_as(case, fresh.render_chat([messages], ChatParams())[1][0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_images"),
+    [("<image>\nHi", 0), ("Hi", 1), ("<image><image>", 1), ("<image>", 2), ("<image>", 0)],
+)
+def test_placeholders_must_match_images(fresh, prompt, num_images):
+    image = Image.new("RGB", (20, 20))
+    request = {"prompt": prompt}
+    if num_images:
+        request["multi_modal_data"] = {"image": [image] * num_images}
+    with pytest.raises(VLLMValidationError, match="exactly once per image"):
+        render(fresh, dict(request))
+    with pytest.raises(VLLMValidationError, match="exactly once per image"):
+        asyncio.run(fresh.render_cmpl_async([dict(request)]))
+
+
+def test_expanded_prompt_is_not_expanded_again(fresh):
+    case = load("b1_image_steps_eq_gen")
+    ids = list(expanded(case, 126349))
+    with pytest.raises(VLLMValidationError, match="869 image placeholder"):
+        render(fresh, {"prompt_token_ids": ids, "multi_modal_data": {"image": images_of(case)}})
+
+
+@pytest.mark.parametrize(
+    "mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "I", "F", "PA", "YCbCr"]
+)
+def test_images_of_any_mode(fresh, mode):
+    image = Image.new("RGB", (40, 30), (200, 30, 60))
+    if mode == "PA":
+        image = image.convert("P").convert("PA")
+    elif mode == "I;16":
+        image = Image.fromarray(np.full((30, 40), 40000, dtype=np.uint16))
+    else:
+        image = image.convert(mode)
+    assert image.mode == mode
+    request = {"prompt": "<image>\nHi", "multi_modal_data": {"image": image}}
+    item = render(fresh, request)["mm_kwargs"]["image"][0].get_data()
+    overview = image.convert("RGB").resize((384, 384))
+    expected = (np.asarray(overview, dtype=np.float32) / 255 - 0.5) / 0.5
+    assert np.allclose(item["pixel_values"][0], expected.transpose(2, 0, 1), atol=1e-6)
+
+
+def test_transparency_is_dropped_not_blended(fresh):
+    image = Image.new("RGBA", (40, 30), (200, 30, 60, 0))
+    assert processing.to_rgb(image).getpixel((0, 0)) == (200, 30, 60)
+    assert fresh.model_config.multimodal_config.media_io_kwargs["image"]["image_mode"] is None
+    path = GOLDEN / "images" / "small_97x61.png"
+    from_http = ImageMediaIO(image_mode=None).load_bytes(path.read_bytes())
+    request = {"prompt": "<image>", "multi_modal_data": {"image": [from_http]}}
+    assert render(fresh, request)["mm_placeholders"]["image"][0].length == 1205
+
+
+def test_arrays(fresh):
+    pixels = np.asarray(Image.open(GOLDEN / "images" / "small_97x61.png"))
+    # A bare 3-D tensor means embeddings to vLLM.
+    for array in (pixels, pixels.transpose(2, 0, 1), [torch.from_numpy(pixels.copy())]):
+        request = {"prompt": "<image>", "multi_modal_data": {"image": array}}
+        assert render(fresh, request)["mm_placeholders"]["image"][0].length == 1205
+    for bad in (pixels.astype(np.float32), np.zeros((5, 5, 5), np.uint8)):
+        request = {"prompt": "<image>", "multi_modal_data": {"image": [bad]}}
+        with pytest.raises(VLLMValidationError, match="are no image"):
+            render(fresh, request)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 1000), (385, 1), (800, 2)])
+def test_odd_sizes_work_or_are_refused(fresh, size):
+    request = {"prompt": "<image>", "multi_modal_data": {"image": Image.new("RGB", size)}}
+    try:
+        result = render(fresh, request)
+    except VLLMValidationError as error:
+        assert "too thin" in str(error)
+    else:
+        assert result["mm_placeholders"]["image"][0].length > 729
+
+
+def test_unusable_options(fresh):
+    request = {"prompt": "<image>", "multi_modal_data": {"image": Image.new("RGB", (900, 900))}}
+    for options, message in (
+        ({"image_aspect_ratio": "square"}, "anyres_max_N"),
+        ({"aspect": "pad"}, "not settings"),
+        ({"images_kwargs": 3}, "not settings"),
+        ({"image_aspect_ratio": "anyres"}, "sized for"),
+    ):
+        with pytest.raises(VLLMValidationError, match=message):
+            render(fresh, {**request, "mm_processor_kwargs": options})
+
+
+def test_image_embeddings_are_refused(fresh):
+    request = {"prompt": "<image>", "multi_modal_data": {"image": torch.zeros(1, 7, 64)}}
+    with pytest.raises(VLLMValidationError):
+        render(fresh, request)
+
+
+def test_server_options(checkpoint):
+    limited = engine_config(checkpoint, hf_overrides={"max_image_tiles": 5})
+    front_end = renderer_from_config(limited)
+    request = {"prompt": "<image>", "multi_modal_data": {"image": Image.new("RGB", (1600, 1200))}}
+    with pytest.raises(VLLMValidationError, match="needs 21 tiles.*takes 5.*pad"):
+        render(front_end, dict(request))
+    pad = {"mm_processor_kwargs": {"image_aspect_ratio": "pad"}}
+    assert render(front_end, {**request, **pad})["mm_placeholders"]["image"][0].length == 730
+    info = front_end.mm_processor.info
+    assert info.get_mm_max_tokens_per_item(16384, {"image": 1})["image"] == 729 + 27 * 4 * 28
+    front_end.shutdown()
+    padded = engine_config(checkpoint, mm_processor_kwargs={"image_aspect_ratio": "pad"})
+    front_end = renderer_from_config(padded)
+    assert render(front_end, dict(request))["mm_placeholders"]["image"][0].length == 730
+    front_end.shutdown()
+
+
+def test_profiling_input_has_the_promised_size(front_end):
+    processor = front_end.mm_processor
+    promised = processor.info.get_mm_max_tokens_per_item(16384, {"image": 1})["image"]
+    dummy = processor.get_dummy_mm_inputs({"image": 1})
+    assert dummy["mm_placeholders"]["image"][0].length == promised
+    assert processor.info.get_mm_max_tokens_per_item(100, {"image": 1})["image"] == 100
+
+
+@pytest.fixture(scope="module")
+def vision(config, checkpoint, tmp_path_factory):
+    """The vision stack with the checkpoint's weights, on one rank without an engine."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.parallel_state import (
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    store = tmp_path_factory.mktemp("dist") / "store"
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
+        initialize_model_parallel(1, 1)
+
+        class Holder(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.vision = VisionStack(config, prefix="vision")
+
+        holder = Holder()
+        weights = load_file(checkpoint / "model.safetensors").items()
+        mapper = VisionStack.weights_mapper("vision.")
+        mapped = [(n, w) for n, w in mapper.apply(weights) if n.startswith("vision.")]
+        loaded = AutoWeightsLoader(holder).load_weights(mapped)
+        assert loaded == {name for name, _ in holder.named_parameters()}
+        process_weights_after_loading(holder, config.model_config, torch.device("cpu"))
+        yield holder.vision.eval()
+    cleanup_dist_env_and_memory()
+
+
+def statistics(values):
+    a = values.double().numpy()
+    rows, columns = np.arange(a.shape[0])[:, None], np.arange(a.shape[1])
+    wave = np.cos(0.1 * rows + 0.7 * columns)
+    return {"sum": a.sum(), "abs_sum": np.abs(a).sum(), "cos_checksum": (a * wave).sum()}
+
+
+def assert_close(values, recorded):
+    assert list(values.shape) == recorded["shape"]
+    found = statistics(values)
+    for key in ("sum", "abs_sum", "cos_checksum"):
+        assert math.isclose(found[key], recorded[key], abs_tol=1e-5 * recorded["abs_sum"]), key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PREPROCESSING)
+def test_tower_and_projector(fresh, vision, name):
+    case = load(name)
+    image = Image.open(GOLDEN / "images" / case["image"]["file"])
+    ratio = {"image_aspect_ratio": case["image_aspect_ratio"]}
+    request = {"prompt": "<image>", "multi_modal_data": {"image": image}}
+    result = render(fresh, {**request, "mm_processor_kwargs": ratio})
+    pixel_values = result["mm_kwargs"]["image"][0].get_data()["pixel_values"]
+    tower = vision.vision_tower(pixel_values)
+    projected = vision(pixel_values)
+    for index in range(len(pixel_values)):
+        assert_close(tower[index], case["vision_tower_output"][index])
+        assert_close(projected[index], case["projector_output"][index])
+    assert np.allclose(tower[0, 0], case["vision_tower_first_token"], atol=1e-4)
+    assert np.allclose(projected[0, 0], case["projector_first_token"], atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*PREPROCESSING[1:], "b1_image_steps_eq_gen", "i2_two_images_pad"])
+def test_merged_embeddings(fresh, vision, checkpoint, name):
+    case = load(name)
+    images = [case["image"]] if "image" in case else case["images"]
+    if case.get("prompt_text") is None:
+        begin, end = load("b1_image_steps_eq_gen")["prompt_text"].split("<image>\nPlease", 1)
+        text = begin + "<image>" + end[end.index("<|eot_id|>") :]
+    else:
+        text = case["prompt_text"]
+    ratio = case.get("image_aspect_ratio") or case["settings"].get("image_aspect_ratio")
+    request = {
+        "prompt": text,
+        "multi_modal_data": {"image": [Image.open(GOLDEN / "images" / i["file"]) for i in images]},
+        "mm_processor_kwargs": {"image_aspect_ratio": ratio} if ratio else {},
+    }
+    result = render(fresh, request)
+    items = [("image", item) for item in result["mm_kwargs"]["image"]]
+    ((_, _, batch),) = group_and_batch_mm_kwargs(items)
+    tokens = vision.embed_multimodal(**batch)
+    table = load_file(checkpoint / "model.safetensors")["model.embed_tokens.weight"]
+    merged = table[torch.tensor(result["prompt_token_ids"])].clone()
+    for place, rows in zip(result["mm_placeholders"]["image"], tokens, strict=True):
+        merged[place.offset : place.offset + place.length] = rows
+    recorded = case["merged_embeddings"]
+    assert_close(merged, recorded["stats"])
+    for row, values in recorded["rows"].items():
+        assert np.allclose(merged[int(row)], values, atol=1e-4), row
+
+
+@torch.no_grad()
+def test_passes_of_the_tower_do_not_matter(vision, monkeypatch):
+    torch.manual_seed(0)
+    pixel_values = torch.randn(5, 3, 384, 384)
+    whole = vision(pixel_values)
+    monkeypatch.setattr("vllm_dvlm.models.vision._TILES_PER_PASS", 2)
+    assert torch.allclose(vision(pixel_values), whole, atol=1e-4)
+
+
+def test_projectors():
+    assert [n for n, _ in build_projector("mlp3x_gelu", 4, 8).named_parameters()] == [
+        f"{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")
+    ]
+    assert build_projector("linear", 4, 8).weight.shape == (8, 4)
+    with pytest.raises(ValueError, match="mm_projector_type"):
+        build_projector("pooler", 4, 8)

@@ -1,0 +1,215 @@
+"""Layouts, pixels and token order against the recorded reference, and properties for any size."""
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vllm_dvlm.models.anyres import (
+    ImageLayoutConfig,
+    arrange,
+    largest_image,
+    layout_of,
+    num_visual_tokens,
+    parse_pinpoints,
+    preprocess,
+    select_grid,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
+PREPROCESSING = sorted(path.stem for path in GOLDEN.glob("p*.json"))
+WITH_IMAGES = [
+    "b1_image_steps_eq_gen",
+    "i1_two_images_anyres",
+    "i2_two_images_pad",
+    "i3_one_image_pad",
+]
+SIDES = st.integers(1, 4000)
+
+
+def layout(aspect_ratio="anyres_max_4", pinpoints="(1x1),...,(6x6)"):
+    config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=pinpoints)
+    return ImageLayoutConfig.from_hf_config(config, SimpleNamespace(image_size=384, patch_size=14))
+
+
+def load(name):
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def pixels_of(image):
+    return Image.open(GOLDEN / "images" / image["file"])
+
+
+@pytest.mark.parametrize("name", PREPROCESSING)
+def test_layout_is_the_recorded_one(name):
+    case = load(name)
+    found = layout_of(*case["image"]["size_wh"], layout(case["image_aspect_ratio"]))
+    assert found.num_tiles == case["image"]["tiles"]
+    assert found.num_visual_tokens == case["image"]["visual_tokens"]
+    for field, key in (
+        (found.unpad_in, "unpad_in_hw"),
+        (found.unpad_out, "unpad_out_hw"),
+        (found.downsampled, "downsampled_hw"),
+    ):
+        assert list(field or ()) == case["layout"].get(key, [])
+    if "grid_wh_tiles" in case["image"]:
+        assert found.grid_tiles == tuple(reversed(case["image"]["grid_wh_tiles"]))
+
+
+@pytest.mark.parametrize("name", PREPROCESSING)
+def test_pixels_are_the_recorded_ones(name):
+    case = load(name)
+    tiles = preprocess(pixels_of(case["image"]), layout(case["image_aspect_ratio"])).numpy()
+    stats = case["image"]["pixel_stats"]
+    assert tiles.dtype == np.float32
+    assert hashlib.sha256(tiles.tobytes()).hexdigest() == stats["sha256_float32_c_order"]
+    as_bytes = np.round((tiles * 0.5 + 0.5) * 255).astype(np.uint8)
+    assert hashlib.sha256(as_bytes.tobytes()).hexdigest() == stats["sha256_uint8_c_order"]
+    flat = tiles.astype(np.float64).ravel()
+    assert flat.sum() == pytest.approx(stats["sum"], rel=1e-9)
+    assert (flat * np.cos(0.001 * np.arange(flat.size))).sum() == pytest.approx(
+        stats["cos_checksum"], rel=1e-6
+    )
+    for tile, total, corners in zip(
+        tiles, case["tile_sums"], case["tile_corners_rgb"], strict=True
+    ):
+        assert tile.astype(np.float64).sum() == pytest.approx(total, rel=1e-9)
+        places = [(0, 0), (0, 383), (383, 0), (383, 383), (191, 191)]
+        assert np.allclose([tile[:, y, x] for y, x in places], corners, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_images_of_prompts(name):
+    case = load(name)
+    of_case = layout(case["settings"].get("image_aspect_ratio", "anyres_max_4"))
+    for image in case["images"]:
+        assert num_visual_tokens(*image["size_wh"], of_case) == image["visual_tokens"]
+        digest = hashlib.sha256(preprocess(pixels_of(image), of_case).numpy().tobytes())
+        assert digest.hexdigest() == image["pixel_stats"]["sha256_float32_c_order"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIDES, SIDES, st.sampled_from(["anyres_max_4", "anyres_max_1", "anyres", "pad"]))
+def test_count_is_what_arrange_returns(width, height, aspect_ratio):
+    of_mode = layout(aspect_ratio)
+    try:
+        found = layout_of(width, height, of_mode)
+    except ValueError as error:
+        assert "too thin" in str(error)
+        assert max(width, height) > 20 * min(width, height)
+        return
+    features = torch.zeros(found.num_tiles, 729, 2)
+    tokens = arrange(features, (width, height), of_mode, torch.ones(2))
+    assert tokens.shape == (found.num_visual_tokens, 2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIDES, SIDES)
+def test_no_image_is_larger_than_the_largest(width, height):
+    bound = num_visual_tokens(*largest_image(layout()), layout())
+    try:
+        assert num_visual_tokens(width, height, layout()) <= bound
+    except ValueError:
+        assert max(width, height) > 20 * min(width, height)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["anyres_max_4", "pad"]))
+def test_every_image_gives_its_tiles(width, height, aspect_ratio):
+    of_mode = layout(aspect_ratio)
+    try:
+        found = layout_of(width, height, of_mode)
+    except ValueError:
+        return
+    tiles = preprocess(Image.new("RGB", (width, height), (255, 255, 255)), of_mode)
+    assert tiles.shape == (found.num_tiles, 3, 384, 384)
+    assert tiles.min() >= -1 and tiles.max() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_arrange_keeps_places_and_dtype(dtype):
+    """Tile t, patch p carry 1000 t + p, exact in float32: rows of the map can be read off."""
+    of_mode = layout()
+    size = (768, 384)
+    found = layout_of(*size, of_mode)
+    features = (1000 * torch.arange(3)[:, None] + torch.arange(729)).to(dtype)[..., None]
+    tokens = arrange(features, size, of_mode, torch.full((1,), -1.0))
+    assert tokens.dtype == dtype and found.unpad_out == (27, 54) and found.downsampled is None
+    expected = torch.cat([torch.arange(27) + 1000, torch.arange(27) + 2000, torch.tensor([-1])])
+    assert torch.equal(tokens[729 : 729 + 55, 0], expected.to(dtype))
+    assert torch.equal(tokens[:729, 0], torch.arange(729).to(dtype))
+
+
+def test_bilinear_is_done_in_float32():
+    of_mode, size = layout(), (1600, 1200)
+    torch.manual_seed(0)
+    features = torch.randn(21, 729, 8).bfloat16()
+    newline = torch.zeros(8)
+    low = arrange(features, size, of_mode, newline)
+    high = arrange(features.float(), size, of_mode, newline)
+    assert torch.equal(low, high.bfloat16())
+
+
+def test_arrange_refuses_another_number_of_tiles():
+    with pytest.raises(ValueError, match="2 tiles given"):
+        arrange(torch.zeros(2, 729, 1), (1600, 1200), layout(), torch.zeros(1))
+
+
+def test_pinpoints_in_all_notations():
+    expanded = [[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)]
+    points = parse_pinpoints(expanded, 384)
+    assert points == parse_pinpoints("(1x1),...,(6x6)", 384) == parse_pinpoints(str(expanded), 384)
+    assert len(points) == 36 and points[1] == (384, 768)
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", "six by six", [], [[384]], [[100, 384]], [[0, 384]], 7]
+)
+def test_bad_pinpoints(value):
+    with pytest.raises(ValueError, match="image_grid_pinpoints"):
+        parse_pinpoints(value, 384)
+
+
+def test_ties_go_to_the_first_candidate():
+    assert select_grid(10, 10, [(768, 384), (384, 768)]) == (768, 384)
+    assert select_grid(10, 10, [(384, 768), (768, 384)]) == (384, 768)
+
+
+@pytest.mark.parametrize("value", ["square", "anyres_max_0", "anyres_max_", "", None, 4])
+def test_unknown_aspect_ratio(value):
+    with pytest.raises(ValueError, match="image_aspect_ratio"):
+        layout(value)
+
+
+def test_other_merges_are_refused():
+    config = SimpleNamespace(image_aspect_ratio="pad", mm_patch_merge_type="flat")
+    with pytest.raises(ValueError, match="mm_patch_merge_type"):
+        ImageLayoutConfig.from_hf_config(config, SimpleNamespace(image_size=384, patch_size=14))
+
+
+def test_grid_limit_names_the_mode():
+    for name in ("pad", "anyres", "anyres_max_4", "anyres_max_9"):
+        of_mode = layout(name)
+        assert layout().with_grid_limit(of_mode.grid_limit) == of_mode
+        assert layout().with_aspect_ratio(name) == of_mode
+
+
+def test_pad_needs_no_pinpoints_but_anyres_does():
+    of_mode = layout("pad", None)
+    assert num_visual_tokens(5, 5000, of_mode) == 730
+    with pytest.raises(ValueError, match="image_grid_pinpoints"):
+        of_mode.with_aspect_ratio("anyres")
+
+
+def test_thin_images():
+    assert layout_of(1, 1, layout()).num_tiles == 2
+    assert layout_of(1, 3000, layout()).unpad_out[1] >= 1
+    with pytest.raises(ValueError, match="at least one pixel"):
+        layout_of(0, 10, layout())

@@ -1,0 +1,53 @@
+"""Masked-diffusion vision-language models in vLLM.
+
+Importing this package imports neither torch nor vLLM; ``register()`` does the work.
+"""
+
+# Architecture -> class, named as strings: vLLM imports the class where a model is really loaded.
+MODELS = {
+    "LlavaLLaDAModelLM": "vllm_dvlm.models.llada_v:LlavaLLaDAModelLM",
+}
+ARCHITECTURES = frozenset(MODELS)
+
+_registered = False
+
+
+def register() -> None:
+    """Entry point of the group ``vllm.general_plugins``; vLLM calls it in every process.
+
+    Twice is as good as once. Raises UpstreamError when the installed vLLM is not supported.
+    """
+    global _registered
+    if _registered:
+        return
+
+    from vllm_dvlm import upstream
+
+    upstream.check_version()
+
+    import torch
+    from transformers import AutoConfig
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.platforms import current_platform
+
+    from vllm_dvlm.config import LLaDAVVerifyConfig
+    from vllm_dvlm.models.configuration import LlavaLLaDAConfig
+    from vllm_dvlm.models.renderer import register_renderer
+    from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels
+
+    if current_platform.is_cpu():
+        # Only checked here, to fail at start-up; a worker on the CPU device installs them.
+        upstream.check(p001_cpu_torch_kernels.PATCHES)
+        # vLLM's bf16 attention kernel uses AMX tiles without asking Linux for permission and lives
+        # on oneDNN having asked before. A small model may not reach oneDNN first: SIGILL. Permission
+        # is per process and lost at exec, hence here.
+        if torch.cpu._is_amx_tile_supported():
+            torch.cpu._init_amx()
+
+    AutoConfig.register("llava_llada", LlavaLLaDAConfig, exist_ok=True)
+    for architecture, target in MODELS.items():
+        ModelRegistry.register_model(architecture, target)
+        MODELS_CONFIG_MAP[architecture] = LLaDAVVerifyConfig
+    register_renderer()
+    _registered = True

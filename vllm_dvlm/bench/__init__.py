@@ -1,0 +1,1 @@
+"""Measurements behind `vllm-dvlm bench`: baselines, random checkpoints, reports."""

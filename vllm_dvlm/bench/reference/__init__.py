@@ -1,0 +1,1 @@
+"""Plain PyTorch LLaDA-V and two decoding loops: what the engine is compared with."""

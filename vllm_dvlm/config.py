@@ -1,0 +1,119 @@
+"""The hook that checks and completes vLLM's configuration for masked-diffusion models.
+
+What we need is set; what we cannot do is refused here, at start-up, with the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config.diffusion import DiffusionConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_dvlm.params import ServerSettings
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger(__name__)
+
+SCHEDULER = "vllm_dvlm.scheduler.DiffusionScheduler"
+
+
+class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
+    """Configuration of LLaDA-V: called by vLLM for ``LlavaLLaDAModelLM``."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Ids, renderer, dtype and default sampling parameters."""
+        import torch
+        from vllm.platforms import current_platform
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        from vllm_dvlm.models.configuration import resolve_token_ids
+        from vllm_dvlm.models.renderer import configure_model
+
+        configure_model(model_config)
+        config = model_config.hf_config
+        ids = resolve_token_ids(config, cached_tokenizer_from_config(model_config))
+        config.mask_token_id = ids.mask_token_id
+        config.end_of_turn_token_id = ids.end_of_turn_token_id
+        # The reference decodes greedily unless told otherwise; OpenAI's own default would be 1.
+        model_config.override_generation_config.setdefault("temperature", 0.0)
+        if current_platform.is_cpu() and model_config.dtype == torch.float16:
+            # Few CPUs multiply in half precision; the others fall back to slow loops.
+            logger.info("float16 on a CPU host: using float32")
+            model_config.dtype = torch.float32
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Scheduler, budgets and switches; ValueError for what is not supported."""
+        _refuse(vllm_config)
+        settings = ServerSettings.from_additional_config(vllm_config.additional_config)
+        model_config = vllm_config.model_config
+        scheduler_config = vllm_config.scheduler_config
+        # Canvases live on the worker, so nothing travels over vLLM's draft-token path; but a config must be there,
+        # and its length sizes per-request buffers (a structured-output bitmask of length x vocabulary among them).
+        vllm_config.diffusion_config = DiffusionConfig(canvas_length=1)
+        scheduler_config.scheduler_cls = SCHEDULER
+        scheduler_config.async_scheduling = False
+        scheduler_config.enable_chunked_prefill = False
+        vllm_config.cache_config.enable_prefix_caching = False
+        vllm_config.attention_config.use_non_causal = True
+        # A denoising step runs as a whole: the longest request must fit into one step's budget, and so must its
+        # images. vLLM copied the encoder's budgets from the old value before this hook.
+        budget = max(scheduler_config.max_num_batched_tokens, model_config.max_model_len)
+        scheduler_config.max_num_batched_tokens = budget
+        scheduler_config.max_num_encoder_input_tokens = max(scheduler_config.max_num_encoder_input_tokens, budget)
+        scheduler_config.encoder_cache_size = max(scheduler_config.encoder_cache_size, budget)
+        validator = f"vllm_dvlm.admission:Options_{settings.to_name()}"
+        processors = list(model_config.logits_processors or [])
+        if validator not in processors:
+            model_config.logits_processors = [*processors, validator]
+        logger.info(
+            "vllm_dvlm: max_canvas_length=%d, max_image_tiles=%s, trace_dir=%s, request defaults %s",
+            settings.max_canvas_length,
+            settings.max_image_tiles,
+            settings.trace_dir,
+            settings.defaults,
+        )
+
+
+def _refuse(vllm_config: VllmConfig) -> None:
+    """ValueError with the remedy for every setting that these models cannot run with."""
+    model_config = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    cache = vllm_config.cache_config
+    problems = [
+        (
+            not vllm_config.use_v2_model_runner,
+            "needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER or set it to 1",
+        ),
+        (parallel.pipeline_parallel_size > 1, "has no pipeline parallelism: use --tensor-parallel-size instead"),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "has no context parallelism: leave the context parallel sizes at 1",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "rewrites KV rows while a request lives: remove --kv-transfer-config",
+        ),
+        (vllm_config.speculative_config is not None, "is not autoregressive: remove --speculative-config"),
+        (vllm_config.lora_config is not None, "has no LoRA support: remove --enable-lora"),
+        (
+            cache.cache_dtype.startswith("int8") or "per_token" in cache.cache_dtype,
+            f"cannot move the scales of --kv-cache-dtype {cache.cache_dtype}: use auto or fp8",
+        ),
+        (scheduler.async_scheduling is True, "must see a step's result before the next: remove --async-scheduling"),
+        (model_config.enable_prompt_embeds, "takes text and token prompts only: remove --enable-prompt-embeds"),
+    ]
+    for refused, remedy in problems:
+        if refused:
+            raise ValueError(f"LLaDA-V {remedy}")
+    for name in ("enable_chunked_prefill", "enable_prefix_caching"):
+        holder = scheduler if name == "enable_chunked_prefill" else cache
+        if getattr(holder, name):
+            # vLLM turns both on by default, so a value of True does not mean that somebody asked for it.
+            logger.info("%s is off for LLaDA-V: a denoising step recomputes and rewrites its whole sequence", name)

@@ -1,0 +1,73 @@
+"""Logits to (token, confidence) per canvas position.
+
+Source: golden README points 24 and 25; the temperature rule is LLaDA's Gumbel-max trick in float64.
+
+Shapes: N = rows (masked canvas positions), V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def forbid(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Set the logits of ``token_ids`` ([K] int64) to -inf, in place. logits: [N, V] float."""
+    return logits.index_fill_(1, token_ids, float("-inf"))
+
+
+def choose_tokens(
+    logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Token per row: argmax at temperature 0, else Gumbel-max with float64 noise.
+
+    Args:
+        logits: [N, V] float32, forbidden tokens already at -inf.
+        temperature: >= 0.
+        generator: source of the noise; one draw per element, row by row, so rows do not depend on chunking.
+
+    Returns:
+        [N] int64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    for i, row in enumerate(logits):
+        noise = torch.rand(row.shape, dtype=torch.float64, device=row.device, generator=generator)
+        # exp(l) / (-log u)^T and l - T log(-log u) have the same argmax; the latter cannot overflow.
+        out[i] = (row.double() - temperature * torch.log(-torch.log(noise))).argmax()
+    return out
+
+
+def low_confidence(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Softmax probability of the chosen token, in float64. [N, V], [N] -> [N] float64."""
+    wide = logits.double()
+    chosen = wide.gather(1, tokens[:, None])[:, 0]
+    return torch.exp(chosen - torch.logsumexp(wide, dim=-1))
+
+
+def entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Negative entropy of the distribution: surer is higher. [N, V], [N] -> [N] float64, at most 0."""
+    log_p = torch.log_softmax(logits.double(), dim=-1)
+    return torch.special.xlogy(p := log_p.exp(), p).sum(dim=-1)
+
+
+def margin(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Probability of the best token minus that of the second best. [N, V], [N] -> [N] float64."""
+    wide = logits.double()
+    top = wide.topk(2, dim=-1).values
+    return torch.exp(top - torch.logsumexp(wide, dim=-1, keepdim=True)).diff(dim=-1).neg()[:, 0]
+
+
+def random_confidence(num_rows: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """Uniform numbers in [0, 1): the ``random`` remasking. Returns [N] float64."""
+    return torch.rand(num_rows, dtype=torch.float64, device=device, generator=generator)
+
+
+# ``random`` is not here: it needs no logits (see ``random_confidence``).
+CONFIDENCE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "low_confidence": low_confidence,
+    "entropy": entropy,
+    "margin": margin,
+}

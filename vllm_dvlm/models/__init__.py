@@ -1,0 +1,1 @@
+"""Model families in vLLM's layers: text backbone, vision, image processing."""

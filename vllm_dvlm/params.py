@@ -1,0 +1,325 @@
+"""Per-request settings and server settings: parsed once, frozen, strict.
+
+One parser for both sides: the front end runs it to answer HTTP 400, scheduler and worker run it again on what the
+front end let through. Neither torch nor vllm is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from vllm_dvlm.terms import Plan, round_up
+
+REMASKING = ("low_confidence", "random", "entropy", "margin")
+SCHEDULES = ("uniform", "cosine", "shift", "logit_normal")
+STREAMS = ("committed", "provisional")
+POSITIONS = ("renumber", "keep")
+
+# Keys that vLLM itself reads from extra_args; they are its business, not ours.
+VLLM_EXTRA_ARGS = frozenset({"kv_cache_report_mode"})
+# Written by our scheduler for our worker, never accepted from a user.
+RESUME_KEY = "_dvlm_resume"
+
+
+def _setting(default: Any, doc: str, values: str) -> Any:
+    return field(default=default, metadata={"doc": doc, "values": values})
+
+
+@dataclass(frozen=True)
+class DenoiseParams:
+    """Settings of one request, as the user wrote them; None means 'derived' (see ``resolve``).
+
+    The README's table of options is made from this class.
+    """
+
+    diffusion_canvas_length: int | None = _setting(
+        None, "length of the canvas; default: `max_tokens` rounded up to whole blocks", "1 … server maximum"
+    )
+    diffusion_block_length: int | None = _setting(
+        None, "semi-autoregressive blocks; default: the canvas is one block", "divides the canvas"
+    )
+    diffusion_max_steps: int | None = _setting(
+        None, "denoising steps for the whole canvas; default: one per canvas position", "a multiple of the blocks"
+    )
+    diffusion_remasking: str = _setting("low_confidence", "confidence that decides what is unmasked", "|".join(REMASKING))
+    diffusion_threshold: float | None = _setting(
+        None, "Fast-dLLM parallel decoding, factor rule: the number of steps follows the confidence", "> 0 or absent"
+    )
+    diffusion_schedule: str = _setting("uniform", "tokens per step", "uniform")
+    diffusion_schedule_shift: float | None = _setting(None, "shift of the `shift` schedule", "not for this family")
+    diffusion_refresh_interval: int = _setting(
+        1, "1: exact, every step recomputes everything; N: prompt and finished blocks are cached for N steps", "≥ 1"
+    )
+    diffusion_cfg_scale: float = _setting(0.0, "classifier-free guidance (not supported yet)", "0")
+    diffusion_suffix: str = _setting("", "fixed text behind the canvas, visible to all positions", "text")
+    diffusion_stream: str = _setting("committed", "what a stream delivers", "committed")
+    prune_method: str = _setting("none", "which visual tokens go after the first step", "none")
+    prune_keep_ratio: float = _setting(0.5, "share of visual tokens kept", "(0, 1]")
+    prune_layer: int | None = _setting(None, "layer of the first step after which fastv prunes", "1 … layers − 1")
+    prune_positions: str = _setting("renumber", "rotary positions of the survivors", "|".join(POSITIONS))
+    diffusion_trace: int = _setting(0, "1: write a trace of the request to the server's `trace_dir`", "0|1")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of one server, from ``--additional-config '{"dvlm": {...}}'``.
+
+    defaults: values of request options for requests that do not set them.
+    max_canvas_length: largest canvas (suffix included) that a request may ask for.
+    max_image_tiles: largest number of tiles of one image; None: no limit beyond the checkpoint's grid.
+    trace_dir: folder for traces; None: requests that ask for a trace are refused.
+    logits_chunk_bytes: bound on the memory of vocabulary logits held at once.
+    """
+
+    defaults: DenoiseParams = DenoiseParams()
+    max_canvas_length: int = 512
+    max_image_tiles: int | None = None
+    trace_dir: str | None = None
+    logits_chunk_bytes: int = 256 * 2**20
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> ServerSettings:
+        """Read the ``dvlm`` entry; ValueError with the remedy for anything unknown or ill-typed."""
+        raw = (additional_config or {}).get("dvlm", {})
+        if not isinstance(raw, Mapping):
+            raise ValueError(f'additional-config "dvlm" must be an object of settings, not {type(raw).__name__}')
+        own = {f.name for f in fields(cls)} - {"defaults"}
+        known = own | {f.name for f in fields(DenoiseParams)}
+        for key in raw:
+            if key not in known:
+                raise ValueError(_unknown(key, known, "server setting"))
+        settings = cls(defaults=_parse({k: v for k, v in raw.items() if k not in own}))
+        for key in own & set(raw):
+            value = raw[key]
+            if key == "trace_dir":
+                if value is not None and not isinstance(value, str):
+                    raise ValueError(f"trace_dir must be a path, not {value!r}")
+            elif value is None and key == "max_image_tiles":
+                pass
+            else:
+                value = _integer(key, value, minimum=1)
+            settings = replace(settings, **{key: value})
+        return settings
+
+    def to_name(self) -> str:
+        """Encode as an identifier suffix, for classes that any process rebuilds from their name alone."""
+        raw = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "defaults"}
+        default = DenoiseParams()
+        for f in fields(DenoiseParams):
+            if getattr(self.defaults, f.name) != getattr(default, f.name):
+                raw[f.name] = getattr(self.defaults, f.name)
+        return json.dumps(raw, sort_keys=True).encode().hex()
+
+    @classmethod
+    def from_name(cls, name: str) -> ServerSettings:
+        """Inverse of ``to_name``."""
+        return cls.from_additional_config({"dvlm": json.loads(bytes.fromhex(name).decode())})
+
+
+@dataclass(frozen=True)
+class ResolvedParams:
+    """Settings of one request after every default is filled in; what scheduler and worker compute with.
+
+    max_new_tokens: output tokens after which the request ends; the suffix does not count against ``max_tokens``.
+    """
+
+    options: DenoiseParams
+    canvas_len: int
+    block_len: int
+    max_steps: int
+    max_tokens: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the canvas."""
+        return self.canvas_len // self.block_len
+
+    def plan(self, prompt_len: int, suffix_len: int) -> Plan:
+        """The course of the request, for ``terms.advance``; lengths in tokens."""
+        steps = None if self.options.diffusion_threshold is not None else self.max_steps // self.num_blocks
+        return Plan(
+            prompt_len, self.canvas_len, suffix_len, self.block_len, steps, self.options.diffusion_refresh_interval
+        )
+
+    def max_new_tokens(self, suffix_len: int) -> int:
+        """Output tokens after which the request ends."""
+        if self.max_tokens < self.canvas_len:
+            return self.max_tokens
+        return self.canvas_len + suffix_len
+
+
+def resolve(
+    extra_args: Mapping[str, Any] | None,
+    max_tokens: int | None,
+    settings: ServerSettings,
+) -> ResolvedParams:
+    """Parse a request's options against the server's defaults and limits.
+
+    Args:
+        extra_args: flat options (``SamplingParams.extra_args``, ``vllm_xargs`` over HTTP).
+        max_tokens: vLLM's limit on output tokens; None if unlimited.
+        settings: the server's settings.
+
+    Raises:
+        ValueError: unknown, ill-typed, contradictory or unsupported option; names the option and the remedy.
+    """
+    raw = {k: v for k, v in (extra_args or {}).items() if k not in VLLM_EXTRA_ARGS and k != RESUME_KEY}
+    opts = _parse(raw, base=settings.defaults)
+    _refuse_unsupported(opts, settings)
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}: the canvas needs a position")
+    limit = settings.max_canvas_length
+    canvas = opts.diffusion_canvas_length
+    block = opts.diffusion_block_length
+    if canvas is None:
+        wanted = limit if max_tokens is None else max_tokens
+        canvas = round_up(wanted, block or 1)
+        if canvas > limit:
+            # max_tokens is an upper bound and the OpenAI layer fills in 'all that fits'; a canvas that nobody
+            # asked for by name is therefore cut to the largest one, and the reply ends with reason 'length'.
+            canvas = limit // (block or 1) * (block or 1)
+            if canvas == 0:
+                raise ValueError(
+                    f"diffusion_block_length {block} is larger than the server's max_canvas_length {limit}; "
+                    f"ask for at most {limit}"
+                )
+    elif canvas > limit:
+        raise ValueError(
+            f"diffusion_canvas_length {canvas} is larger than the server's max_canvas_length {limit}; "
+            f"ask for at most {limit} or start the server with "
+            f"--additional-config '{{\"dvlm\": {{\"max_canvas_length\": {canvas}}}}}'"
+        )
+    block = block or canvas
+    if canvas % block:
+        raise ValueError(
+            f"diffusion_block_length {block} does not divide diffusion_canvas_length {canvas}; "
+            f"use a divisor, for example {_nearest_divisor(canvas, block)}"
+        )
+    num_blocks = canvas // block
+    steps = opts.diffusion_max_steps
+    if steps is None:
+        steps = canvas
+    if steps < num_blocks or steps % num_blocks:
+        nearest = max(num_blocks, round(steps / num_blocks) * num_blocks)
+        raise ValueError(
+            f"diffusion_max_steps {steps} must be a multiple of the number of blocks, {num_blocks} "
+            f"(canvas {canvas} / block {block}); the nearest is {nearest}"
+        )
+    return ResolvedParams(opts, canvas, block, steps, canvas if max_tokens is None else max_tokens)
+
+
+def check_lengths(plan: Plan, max_model_len: int, settings: ServerSettings) -> str | None:
+    """None if prompt, canvas and suffix fit, else what to tell the user."""
+    lengths = f"prompt of {plan.prompt_len}, canvas of {plan.canvas_len} and suffix of {plan.suffix_len} tokens"
+    if plan.total_len > max_model_len:
+        return (
+            f"{lengths} exceed the model's {max_model_len} positions; shorten the prompt, use a smaller image, or "
+            "lower max_tokens or diffusion_canvas_length"
+        )
+    if plan.canvas_len + plan.suffix_len > settings.max_canvas_length:
+        return (
+            f"canvas and suffix together exceed the server's max_canvas_length {settings.max_canvas_length} "
+            f"({lengths}); lower diffusion_canvas_length or shorten diffusion_suffix"
+        )
+    return None
+
+
+def _refuse_unsupported(opts: DenoiseParams, settings: ServerSettings) -> None:
+    if opts.diffusion_cfg_scale != 0:
+        raise ValueError("diffusion_cfg_scale: classifier-free guidance is not supported yet; leave it at 0")
+    if opts.diffusion_schedule != "uniform" or opts.diffusion_schedule_shift is not None:
+        raise ValueError("diffusion_schedule: this model family unmasks by the uniform schedule; use 'uniform'")
+    if opts.diffusion_stream != "committed":
+        raise ValueError("diffusion_stream: only 'committed' is supported yet")
+    if opts.prune_method != "none":
+        raise ValueError(f"prune_method {opts.prune_method!r} is not available in this version; use 'none'")
+    if opts.diffusion_trace and settings.trace_dir is None:
+        raise ValueError(
+            "diffusion_trace: this server writes no traces; start it with "
+            '--additional-config \'{"dvlm": {"trace_dir": "FOLDER"}}\' or leave diffusion_trace at 0'
+        )
+
+
+def _parse(raw: Mapping[str, Any], base: DenoiseParams | None = None) -> DenoiseParams:
+    known = {f.name for f in fields(DenoiseParams)}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in known:
+            raise ValueError(_unknown(key, known, "option"))
+        values[key] = _CHECKS[key](key, value)
+    return replace(base or DenoiseParams(), **values)
+
+
+def _unknown(key: str, known: set[str], kind: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"{key} is not a known {kind}; did you mean {near[0]}? Known: {', '.join(sorted(known))}"
+
+
+def _integer(key: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    allowed = f"an integer ≥ {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    is_integral = isinstance(value, float) and value.is_integer()
+    if not (is_int or is_integral):
+        raise ValueError(f"{key} must be {allowed}, not {value!r}")
+    value = int(value)
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f"{key} must be {allowed}, not {value}")
+    return value
+
+
+def _number(key: str, value: Any, allowed: str, ok: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not ok(value):
+        raise ValueError(f"{key} must be {allowed}, not {value!r}")
+    return float(value)
+
+
+def _choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {value!r}; did you mean {near[0]!r}?")
+    return value
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be text, not {value!r}")
+    return value
+
+
+def _switch(key: str, value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):
+        return int(value)
+    raise ValueError(f"{key} must be 0 or 1, not {value!r}")
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def _optional(check: Any) -> Any:
+    return lambda key, value: None if value is None else check(key, value)
+
+
+_CHECKS: dict[str, Any] = {
+    "diffusion_canvas_length": _optional(lambda k, v: _integer(k, v, 1)),
+    "diffusion_block_length": _optional(lambda k, v: _integer(k, v, 1)),
+    "diffusion_max_steps": _optional(lambda k, v: _integer(k, v, 1)),
+    "diffusion_remasking": lambda k, v: _choice(k, v, REMASKING),
+    "diffusion_threshold": _optional(lambda k, v: _number(k, v, "a number > 0", lambda x: x > 0)),
+    "diffusion_schedule": lambda k, v: _choice(k, v, SCHEDULES),
+    "diffusion_schedule_shift": _optional(lambda k, v: _number(k, v, "a number > 0", lambda x: x > 0)),
+    "diffusion_refresh_interval": lambda k, v: _integer(k, v, 1),
+    "diffusion_cfg_scale": lambda k, v: _number(k, v, "a number ≥ 0", lambda x: x >= 0),
+    "diffusion_suffix": _text,
+    "diffusion_stream": lambda k, v: _choice(k, v, STREAMS),
+    "prune_method": lambda k, v: _text(k, v),
+    "prune_keep_ratio": lambda k, v: _number(k, v, "a number in (0, 1]", lambda x: 0 < x <= 1),
+    "prune_layer": _optional(lambda k, v: _integer(k, v, 1)),
+    "prune_positions": lambda k, v: _choice(k, v, POSITIONS),
+    "diffusion_trace": _switch,
+}

@@ -1,0 +1,227 @@
+"""Scheduler and request subclasses: whole sequences per step, refresh turns, no truncation.
+
+vLLM's scheduler lets every request catch up from ``num_computed_tokens`` to ``num_tokens_with_spec``. A denoising
+step computes ``[start, prompt + canvas + suffix)``, so the request subclass says how long it physically is and this
+scheduler sets ``num_computed_tokens`` to the next start after every step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_dvlm.params import RESUME_KEY, ServerSettings, check_lengths, resolve
+from vllm_dvlm.terms import Plan, Position, advance, next_query_start
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+logger = init_logger(__name__)
+
+# Cumulative counters of one engine, exported by ``metrics.DvlmStatLogger``.
+COUNTERS = (
+    "denoise_steps",
+    "forward_tokens_full",
+    "forward_tokens_cached",
+    "committed_tokens",
+    "canvas_positions",
+)
+
+
+class DiffusionRequest(Request):
+    """A request with its physical length: prompt, canvas and suffix.
+
+    vLLM builds requests in the engine core without a factory hook, so ``DiffusionScheduler.add_request`` changes the
+    class of an existing object and then calls ``start``.
+    """
+
+    plan: Plan
+    position: Position
+    needs_encoder: bool
+
+    def start(self, plan: Plan) -> None:
+        """Attach the course of the request; called once, before the request is queued."""
+        self.plan = plan
+        self.position = Position()
+        self.needs_encoder = True
+
+    @property
+    def num_tokens(self) -> int:
+        """What admission budgets and allocates for (whole sequence), what stop checks count while running."""
+        if self.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            return self.plan.total_len
+        return len(self._all_token_ids)
+
+    @property
+    def num_tokens_with_spec(self) -> int:
+        """End of every denoising step's query."""
+        return self.plan.total_len
+
+    @property
+    def has_encoder_inputs(self) -> bool:
+        """True until the worker has merged the images into the prompt embeddings; it keeps those."""
+        return self.needs_encoder and bool(self.mm_features)
+
+
+class DiffusionScheduler(Scheduler):
+    """vLLM's scheduler for requests that are denoised as a whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A step may emit no token at all.
+        self.num_sampled_tokens_per_step = 0
+        self.settings = ServerSettings.from_additional_config(self.vllm_config.additional_config)
+        self.end_of_turn_token_id = self.vllm_config.model_config.hf_config.end_of_turn_token_id
+        self.counters: Counter[str] = Counter()
+        self._rejected: dict[str, str] = {}
+
+    # -- admission ---------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Never raises: an exception here would end the engine for everybody."""
+        if request.request_id not in self.requests:
+            try:
+                self._prepare(request)
+            except ValueError as error:
+                # The front end has answered 400 to everything it can know; what it cannot fails this request alone.
+                request.__class__ = DiffusionRequest
+                request.start(Plan(request.num_prompt_tokens, 0, 0, 1, 1, 1))
+                self._rejected[request.request_id] = str(error)
+                logger.warning("Request %s cannot be served: %s", request.request_id, error)
+        super().add_request(request)
+
+    def _prepare(self, request: Request) -> None:
+        params = request.sampling_params
+        if params is None or request.prompt_token_ids is None:
+            raise ValueError("only text generation from token or text prompts is supported")
+        resolved = resolve(params.extra_args, params.max_tokens, self.settings)
+        suffix_len = self._suffix_len(resolved.options.diffusion_suffix)
+        plan = resolved.plan(request.num_prompt_tokens, suffix_len)
+        problem = check_lengths(plan, self.max_model_len, self.settings)
+        if problem is not None:
+            raise ValueError(problem)
+        request.__class__ = DiffusionRequest
+        request.start(plan)
+        request.max_tokens = resolved.max_new_tokens(suffix_len)
+        if not params.ignore_eos:
+            # vLLM knows one end token per tokenizer, <|endoftext|>, which diffusion decoding never produces.
+            params._eos_token_id = self.end_of_turn_token_id
+        self.counters["canvas_positions"] += plan.canvas_len
+
+    def _suffix_len(self, text: str) -> int:
+        if not text:
+            return 0
+        tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    # -- one step ----------------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's ``schedule``, with requests held back that would not fit whole."""
+        if self._rejected:
+            self._fail_rejected()
+        self._hold_back_what_does_not_fit()
+        output = super().schedule(*args, **kwargs)
+        for req_id, num_tokens in output.num_scheduled_tokens.items():
+            request = self.requests[req_id]
+            # num_computed_tokens has been moved to the end of the query by now.
+            assert request.num_computed_tokens == request.plan.total_len, "a denoising step was truncated"
+            full = num_tokens == request.plan.total_len
+            self.counters["forward_tokens_full" if full else "forward_tokens_cached"] += num_tokens
+        self.counters["denoise_steps"] += len(output.num_scheduled_tokens)
+        return output
+
+    def _fail_rejected(self) -> None:
+        """Take rejected requests out of the queue; ``update_from_output`` reports them as errors."""
+        for req_id in self._rejected:
+            request = self.requests.get(req_id)
+            if request is not None:
+                self.waiting.remove_requests([request])
+                self.encoder_cache_mismatch_reqs.add(req_id)
+        self._rejected.clear()
+
+    def _hold_back_what_does_not_fit(self) -> None:
+        """Skip, for one step, running requests whose whole query exceeds what is left of the token budget.
+
+        vLLM would cut the query to the budget, chunked prefill or not, and half a denoising step is wrong. Those
+        skipped go to the front of the queue, so nobody starves.
+        """
+        budget = self.max_num_scheduled_tokens
+        held = []
+        for request in self.running:
+            need = request.num_tokens_with_spec - request.num_computed_tokens
+            if need > budget:
+                # schedule() advances current_step before it compares: this skips exactly the coming call.
+                request.next_decode_eligible_step = self.current_step + 2
+                held.append(request)
+            else:
+                budget -= need
+        if held:
+            self.running = held + [r for r in self.running if r not in held]
+
+    def _try_schedule_encoder_inputs(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """vLLM's rule, but a request whose images do not all fit waits instead of running a part of its prompt."""
+        result = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, *args, **kwargs
+        )
+        if result[1] < num_new_tokens:
+            budget = args[0] if args else kwargs["encoder_compute_budget"]
+            return [], 0, budget, [], []
+        return result
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Canvases live on the worker; nothing to take over."""
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's update, then the start of every request's next step."""
+        before = {
+            req_id: request.num_output_tokens
+            for req_id in scheduler_output.num_scheduled_tokens
+            if (request := self.requests.get(req_id)) is not None
+        }
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        sampled = model_runner_output.sampled_token_ids
+        for req_id, num_before in before.items():
+            request = self.requests.get(req_id)
+            index = model_runner_output.req_id_to_index.get(req_id)
+            num_new = len(sampled[index]) if sampled and index is not None else 0
+            if request is None:  # finished in this step
+                self.counters["committed_tokens"] += num_new
+                continue
+            self.counters["committed_tokens"] += request.num_output_tokens - num_before
+            if request.status != RequestStatus.RUNNING:  # preempted while its step was computed
+                continue
+            request.position = advance(request.plan, request.position, num_new)
+            request.num_computed_tokens = next_query_start(request.plan, request.position)
+            request.needs_encoder = False
+        return outputs
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Preempt; the worker is told that the request comes back, so that it keeps the canvas."""
+        request.needs_encoder = True
+        params = request.sampling_params
+        params.extra_args = {**(params.extra_args or {}), RESUME_KEY: 1}
+        super()._preempt_request(request, *args, **kwargs)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics with our counters.
+
+        SchedulerStats has no field for plugins and is decoded as exactly this class in the front end. Its one free
+        map of names to integers is that of LoRA adapters, which these models refuse.
+        """
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.running_lora_adapters = dict(self.counters)
+        return stats

@@ -1,0 +1,123 @@
+"""Span, count and block arithmetic that scheduler and worker must agree on.
+
+Both sides run these functions on the same integers, so they never have to tell each other where a request stands.
+Nothing but the standard library is imported here.
+
+Coordinates of one request: ``[prompt | canvas | suffix]``. *Canvas positions* count from the start of the canvas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VisualSpan:
+    """Half-open token range ``[start, end)`` of one image in the merged prompt."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def cdiv(a: int, b: int) -> int:
+    """Smallest integer not below ``a / b``."""
+    return -(-a // b)
+
+
+def num_kept(num_visual: int, keep_ratio: float) -> int:
+    """Visual tokens that survive pruning; rounding as in RedVTP (goldens README, point 34)."""
+    return max(1, int(num_visual * keep_ratio))
+
+
+def round_up(value: int, multiple: int) -> int:
+    """``value`` rounded up to a whole multiple."""
+    return cdiv(value, multiple) * multiple
+
+
+def is_refresh(step_in_block: int, refresh_interval: int) -> bool:
+    """True if this denoising step recomputes the whole sequence (goldens README, points 39 and 41)."""
+    return step_in_block % refresh_interval == 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a request stands between two denoising steps.
+
+    block_start: first canvas position of the current block.
+    step_in_block: denoising steps already made in it.
+    num_emitted: canvas positions already handed to the user (the unmasked prefix).
+    """
+
+    block_start: int = 0
+    step_in_block: int = 0
+    num_emitted: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a request's settings decides the course of its steps; constant over its life.
+
+    steps_per_block is None in threshold mode, where a block runs until nothing in it is masked.
+    """
+
+    prompt_len: int
+    canvas_len: int
+    suffix_len: int
+    block_len: int
+    steps_per_block: int | None
+    refresh_interval: int
+
+    @property
+    def total_len(self) -> int:
+        """Tokens of prompt, canvas and suffix."""
+        return self.prompt_len + self.canvas_len + self.suffix_len
+
+
+def advance(plan: Plan, before: Position, num_new_tokens: int) -> Position:
+    """Position after a denoising step that emitted ``num_new_tokens`` and did not finish the request.
+
+    A block ends when its schedule is used up or everything up to its end is emitted. A block that is already
+    complete when its turn comes takes no step (goldens README, point 21).
+    """
+    num_emitted = before.num_emitted + num_new_tokens
+    step_in_block = before.step_in_block + 1
+    block_end = before.block_start + plan.block_len
+    used_up = plan.steps_per_block is not None and step_in_block >= plan.steps_per_block
+    if num_emitted < block_end and not used_up:
+        return Position(before.block_start, step_in_block, num_emitted)
+    complete = num_emitted // plan.block_len * plan.block_len
+    return Position(max(block_end, complete), 0, num_emitted)
+
+
+def next_query_start(plan: Plan, position: Position) -> int:
+    """First token, in request coordinates, that the next step has to compute: 0 for a refresh, else the block's."""
+    if is_refresh(position.step_in_block, plan.refresh_interval):
+        return 0
+    return plan.prompt_len + position.block_start
+
+
+def num_scheduled_steps(num_masked: int, steps_per_block: int) -> list[int]:
+    """How many positions each step of a block unmasks: ``m // n``, one more in the first ``m % n`` steps (point 20)."""
+    base, extra = divmod(num_masked, steps_per_block)
+    return [base + (i < extra) for i in range(steps_per_block)]
+
+
+def forward_flops(config: object, query_len: int, kv_len: int) -> int:
+    """Floating point operations of the text layers for ``query_len`` tokens that attend to ``kv_len``.
+
+    Per layer with width d and gated MLP width m: projections 4 n d^2, attention 2 n t d, MLP 3 n d m (the formula of
+    LLaDA-FastV with a gated MLP and with real lengths; as there, a multiply-add counts once). Grouped KV heads make
+    the key and value projections narrower.
+
+    Args:
+        config: the checkpoint's config (hidden_size, num_hidden_layers, ...).
+        query_len: tokens computed, n.
+        kv_len: tokens attended to, t.
+    """
+    d, m = config.hidden_size, config.intermediate_size  # type: ignore[attr-defined]
+    kv_share = config.num_key_value_heads / config.num_attention_heads  # type: ignore[attr-defined]
+    per_token = (2 + 2 * kv_share) * d * d + 2 * kv_len * d + 3 * d * m
+    return int(config.num_hidden_layers * query_len * per_token)  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Worker side: request state, vLLM's ModelState hooks, the sampler, traces."""

@@ -1,0 +1,318 @@
+"""vLLM's ModelState hooks for masked-diffusion models: translate, call the pure parts, hand back.
+
+One step, in the order in which the runner calls: ``add_request`` / ``remove_request``, ``prepare_attn``,
+``prepare_inputs_embeds``, ``prepare_inputs``, the model, the sampler (``worker/sampler.py``).
+
+R = requests of the batch, N = its tokens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+from vllm_dvlm.params import RESUME_KEY, ServerSettings, resolve
+from vllm_dvlm.terms import VisualSpan, next_query_start
+from vllm_dvlm.worker.sampler import DiffusionSampler
+from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
+from vllm_dvlm.worker.trace import TraceRecorder
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.config import VllmConfig
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+    from vllm.v1.worker.gpu.states import RequestState
+    from vllm.v1.worker.utils import AttentionGroup
+
+logger = init_logger(__name__)
+
+# vLLM's GPU warm-up sends scheduler-like steps for requests of this name; their lengths follow no plan of ours.
+WARMUP_PREFIX = "_warmup_"
+
+
+@dataclass
+class StepBatch:
+    """One step's work, from ``prepare_inputs`` to the sampler.
+
+    row_request / row_position: for each row of logits, index into ``slots`` and canvas position. [rows] int64, host.
+    query_len / kv_len: tokens computed and tokens attended to, per request. [R] int, host.
+    """
+
+    slots: list[RequestSlot]
+    req_idx: list[int]
+    idx: torch.Tensor
+    width: int
+    row_request: np.ndarray
+    row_position: np.ndarray
+    query_len: np.ndarray
+    kv_len: np.ndarray
+
+
+class DiffusionModelState(ModelState):
+    """State of one worker; see the module's docstring for the life of a step."""
+
+    num_new_sampled_tokens_per_step = 0
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: EncoderCache | None, device: torch.device
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        if device.type == "cpu":
+            from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels
+
+            p001_cpu_torch_kernels.install()
+        self.settings = ServerSettings.from_additional_config(vllm_config.additional_config)
+        self.token_ids = model.token_ids
+        self.canvases = CanvasStates(self.max_num_reqs, self.settings.max_canvas_length, device)
+        self.slots: dict[int, RequestSlot] = {}
+        self.req_idx_of: dict[str, int] = {}
+        self.step: StepBatch | None = None
+        self.block_tables: BlockTables | None = None
+        self.writes_traces = get_tensor_model_parallel_rank() == 0
+        # Canvases of removed requests, for those that were preempted and come back. The hook does not say which of
+        # the two happened, so the oldest go first; a row is a few kB.
+        self._stash: OrderedDict[str, tuple[np.ndarray, RequestSlot]] = OrderedDict()
+
+    # -- life of a request -------------------------------------------------------------------------------------
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        """Keep the block tables: traces say how many KV blocks a request holds."""
+        self.block_tables = block_tables
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Take a request into slot ``req_index``; one that was preempted goes on from its stashed canvas."""
+        req_id = new_req_data.req_id
+        if req_id.startswith(WARMUP_PREFIX):
+            return
+        sampling_params = new_req_data.sampling_params
+        stashed = self._stash.pop(req_id, None)
+        if stashed is not None and (sampling_params.extra_args or {}).get(RESUME_KEY):
+            row, slot = stashed
+            self.canvases.restore(req_index, row, slot.params.options.diffusion_threshold)
+        else:
+            slot = self._new_slot(new_req_data)
+            suffix = self.suffix_ids(slot.params.options.diffusion_suffix)
+            threshold = slot.params.options.diffusion_threshold
+            self.canvases.add(req_index, slot.plan, self.token_ids.mask_token_id, suffix, threshold)
+        self.slots[req_index] = slot
+        self.req_idx_of[req_id] = req_index
+
+    def _new_slot(self, new_req_data: NewRequestData) -> RequestSlot:
+        sampling_params = new_req_data.sampling_params
+        params = resolve(sampling_params.extra_args, sampling_params.max_tokens, self.settings)
+        plan = params.plan(new_req_data.prompt_len, len(self.suffix_ids(params.options.diffusion_suffix)))
+        stop_ids = set(sampling_params.stop_token_ids or ())
+        if not sampling_params.ignore_eos:
+            stop_ids.add(self.token_ids.end_of_turn_token_id)
+        spans = [
+            VisualSpan(f.mm_position.offset, f.mm_position.offset + f.mm_position.length)
+            for f in new_req_data.mm_features
+        ]
+        seed = sampling_params.seed
+        slot = RequestSlot(
+            new_req_data.req_id,
+            params,
+            sampling_params,
+            plan,
+            new_req_data.prompt_token_ids,
+            spans,
+            tuple(sorted(stop_ids)),
+            # Every rank must draw the same noise, so an unseeded request is seeded by its (random) id.
+            seed if seed is not None else hash_seed(new_req_data.req_id),
+        )
+        if params.options.diffusion_trace and self.writes_traces:
+            slot.trace = TraceRecorder(self.settings.trace_dir, slot, self.model_config.hf_config)
+        return slot
+
+    def suffix_ids(self, text: str) -> list[int]:
+        """Suffix tokens: the text alone, without special tokens added (golden README point 17)."""
+        if not text:
+            return []
+        return cached_tokenizer_from_config(self.model_config).encode(text, add_special_tokens=False)
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget a request that finished, was aborted or was preempted."""
+        req_idx = self.req_idx_of.pop(req_id, None)
+        if req_idx is None:
+            return
+        slot = self.slots.pop(req_idx)
+        slot.prompt_embeds = None
+        row = self.canvases.snapshot(req_idx)
+        if slot.trace is not None:
+            slot.trace.write(self.canvases.tokens_np(req_idx), int(row[COLUMN["stop"]]))
+        self._stash[req_id] = (row, slot)
+        if len(self._stash) > 2 * self.max_num_reqs:
+            self._stash.popitem(last=False)
+
+    # -- one step ----------------------------------------------------------------------------------------------
+
+    def prepare_inputs_embeds(
+        self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState
+    ) -> torch.Tensor:
+        """Embeddings of the step's tokens: stored prompt embeddings, then the canvas as it is now. [N, hidden]."""
+        self.execute_mm_encoder(scheduled_encoder_inputs)
+        embeds = self.encoder_runner.inputs_embeds
+        rows: list[np.ndarray] = []
+        columns: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        for b, req_idx in enumerate(input_batch.idx_mapping_np.tolist()):
+            slot = self.slots.get(req_idx)
+            if slot is None:
+                continue
+            first, end = input_batch.query_start_loc_np[b : b + 2].tolist()
+            start = int(input_batch.num_computed_tokens_np[b])
+            prompt_len = slot.plan.prompt_len
+            if start < prompt_len:
+                if slot.prompt_embeds is None:
+                    slot.prompt_embeds = self._embed_prompt(slot)
+                embeds[first : first + prompt_len - start] = slot.prompt_embeds[start:]
+            tail = np.arange(max(start - prompt_len, 0), start + end - first - prompt_len)
+            rows.append(np.full(len(tail), req_idx))
+            columns.append(tail)
+            targets.append(np.arange(end - len(tail), end))
+        if rows:
+            index = torch.from_numpy(np.stack([np.concatenate(x) for x in (rows, columns, targets)]))
+            row, column, target = index.to(self.device, non_blocking=True)
+            ids = self.canvases.rows[row, column + (self.canvases.rows.shape[1] - self.canvases.max_canvas_len)]
+            embeds[target] = self.model.embed_input_ids(ids)
+        return embeds[: input_batch.num_tokens_after_padding]
+
+    def _embed_prompt(self, slot: RequestSlot) -> torch.Tensor:
+        """Merged prompt embeddings (golden README point 16). [prompt, hidden]."""
+        ids = torch.tensor(slot.prompt_token_ids, dtype=torch.int64, device=self.device)
+        embeds = self.model.embed_input_ids(ids)
+        for feature in self.encoder_cache.mm_features[slot.req_id]:
+            start = feature.mm_position.offset
+            visual = self.encoder_cache.encoder_outputs[feature.identifier]
+            embeds[start : start + feature.mm_position.length] = visual.to(embeds.dtype)
+        return embeds
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        """Choose the rows that need vocabulary logits: masked positions that this step may unmask."""
+        self.step = None
+        slots: list[RequestSlot] = []
+        req_idx: list[int] = []
+        row_request: list[np.ndarray] = []
+        row_position: list[np.ndarray] = []
+        token_rows: list[np.ndarray] = []
+        for b, index in enumerate(input_batch.idx_mapping_np.tolist()):
+            slot = self.slots.get(index)
+            if slot is None or slot.req_id != input_batch.req_ids[b]:
+                return {}  # a dummy batch of vLLM's warm-up
+            start = int(input_batch.num_computed_tokens_np[b])
+            self._check_schedule(slot, index, start, int(input_batch.num_scheduled_tokens[b]))
+            positions = self.rows_to_score(index, slot)
+            slots.append(slot)
+            req_idx.append(index)
+            row_request.append(np.full(len(positions), b))
+            row_position.append(positions)
+            token_rows.append(input_batch.query_start_loc_np[b] + slot.plan.prompt_len - start + positions)
+        input_batch.logits_indices = torch.from_numpy(np.concatenate(token_rows)).to(self.device, non_blocking=True)
+        query_len = input_batch.num_scheduled_tokens
+        self.step = StepBatch(
+            slots,
+            req_idx,
+            input_batch.idx_mapping,
+            max(s.plan.canvas_len + s.plan.suffix_len for s in slots),
+            np.concatenate(row_request),
+            np.concatenate(row_position),
+            query_len,
+            input_batch.num_computed_tokens_np + query_len,
+        )
+        return {}
+
+    def _check_schedule(self, slot: RequestSlot, req_idx: int, start: int, query_len: int) -> None:
+        """Scheduler and worker must agree on where the request stands; a resumed request always starts at 0."""
+        expected = next_query_start(slot.plan, self.canvases.position(req_idx))
+        if start not in (0, expected) or start + query_len != slot.plan.total_len:
+            raise RuntimeError(
+                f"request {slot.req_id}: scheduled tokens [{start}, {start + query_len}), expected "
+                f"[{expected}, {slot.plan.total_len}); scheduler and worker disagree"
+            )
+
+    def rows_to_score(self, req_idx: int, slot: RequestSlot) -> np.ndarray:
+        """Canvas positions whose logits the step reads, ascending. [rows] int64.
+
+        The candidates of ``denoise.step.candidates``. In threshold mode also the one masked position that is out of
+        bounds, if there is exactly one: the rule may commit it (golden README point 44).
+        """
+        row = self.canvases.mirror_np[req_idx]
+        tokens = self.canvases.tokens_np(req_idx)[: slot.plan.canvas_len]
+        masked = np.flatnonzero(tokens == self.token_ids.mask_token_id)
+        stop = row[COLUMN["stop"]]
+        limit = stop if stop >= 0 else row[COLUMN["block_start"]] + row[COLUMN["block_len"]]
+        candidates = masked[masked < limit]
+        if slot.params.options.diffusion_threshold is not None and len(masked) - len(candidates) == 1:
+            return masked
+        return candidates
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """Inputs of a dummy forward pass."""
+        return {"inputs_embeds": self.dummy_inputs_embeds(num_tokens)}
+
+    def dummy_inputs_embeds(self, num_tokens: int) -> torch.Tensor:
+        """The runner's embedding buffer, contents unused. [num_tokens, hidden]."""
+        return self.encoder_runner.inputs_embeds[:num_tokens]
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        """Attention metadata without a causal mask."""
+        num_reqs = input_batch.num_reqs
+        seq_lens_np = input_batch.seq_lens_cpu_upper_bound
+        return build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=input_batch.num_tokens,
+            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1]),
+            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            seq_lens=input_batch.seq_lens,
+            max_seq_len=self.max_model_len if for_capture else int(seq_lens_np[:num_reqs].max()),
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            seq_lens_cpu_upper_bound=seq_lens_np,
+            positions=input_batch.positions,
+            is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
+            for_cudagraph_capture=for_capture,
+            causal=False,
+            ubatch_idx=ubatch_idx,
+        )
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        """Our sampler instead of vLLM's; vLLM's buffers stay reachable through it."""
+        return DiffusionSampler(self, sampler), None
+
+    def num_kv_blocks(self, req_idx: int) -> int:
+        """KV blocks that the request holds in the first KV cache group."""
+        return int(self.block_tables.num_blocks.np[0, req_idx])
+
+
+def hash_seed(text: str) -> int:
+    """A seed from a string that is the same in every process."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")

@@ -1,0 +1,274 @@
+"""vLLM's sampler call: hidden states of masked rows in, updated canvases and emitted tokens out.
+
+The model's ``compute_logits`` hands the hidden states through, so that vocabulary logits are made here, chunk by
+chunk, and never exist for a whole batch.
+
+R = requests, W = widest canvas of the batch (suffix included), V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from vllm_dvlm.denoise.confidence import CONFIDENCE, choose_tokens, forbid, random_confidence
+from vllm_dvlm.denoise.step import StepOutput, take_step
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from vllm_dvlm.worker.model_state import DiffusionModelState, StepBatch
+    from vllm_dvlm.worker.states import RequestSlot
+
+
+@dataclass
+class _NoPenalties:
+    """The one field that the runner reads of vLLM's penalties state: None means 'do not count tokens'."""
+
+    output_bin_counts: None = None
+
+
+@dataclass
+class _Proposals:
+    """What the logits say about the scored positions: tokens and confidences, both [R, W]."""
+
+    tokens: torch.Tensor
+    confidence: torch.Tensor
+    # (request, position) -> (token ids [K + 1], logprobs [K + 1], rank), for requests that want logprobs.
+    logprobs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class DiffusionSampler:
+    """One denoising step for every request of the batch."""
+
+    compute_nans = False
+
+    def __init__(self, model_state: DiffusionModelState, sampler: Any) -> None:
+        self.state = model_state
+        self.model = model_state.model
+        # Read by the runner for features of vLLM's own sampler that we leave alone.
+        self.sampling_states = sampler.sampling_states
+        self.logprob_token_ids_state = sampler.logprob_token_ids_state
+        self.penalties_state = _NoPenalties()
+        self.req_states = sampler.req_states
+        ids = model_state.token_ids
+        device = model_state.device
+        self.mask_token_id = ids.mask_token_id
+        self.forbidden = torch.tensor(sorted(ids.forbidden_token_ids), dtype=torch.int64, device=device)
+        # Three arrays of a row are alive at once: the model's logits, their float32 and their float64 form.
+        row_bytes = 16 * model_state.model_config.get_vocab_size()
+        self.rows_per_chunk = max(1, model_state.settings.logits_chunk_bytes // row_bytes)
+        self._stop_ids_key: list[tuple[int, ...]] = []
+        self._stop_ids = torch.empty(0)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        """Requests are kept by the model state."""
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged here."""
+
+    def __call__(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
+        """hidden_states: [rows, hidden] of the step's ``logits_indices``."""
+        step = self.state.step
+        if step is None:
+            return self._dummy(hidden_states, input_batch.num_reqs)
+        self.state.step = None
+        canvases = self.state.canvases.gather(step.idx, step.width)
+        proposals = self._propose(step, canvases.tokens, hidden_states)
+        out = take_step(
+            canvases,
+            proposals.tokens,
+            proposals.confidence,
+            self.state.canvases.threshold[step.idx],
+            self._stop_token_ids(step),
+            self.mask_token_id,
+        )
+        self.state.canvases.scatter(step.idx, out.canvases)
+        logprobs = self._collect_logprobs(step, proposals, out)
+        self._record_traces(step, proposals, out)
+        for slot in step.slots:
+            slot.num_steps += 1
+        return SamplerOutput(
+            sampled_token_ids=out.emitted,
+            logprobs_tensors=logprobs,
+            num_nans=None,
+            num_sampled=out.num_emitted.to(torch.int32),
+            # The runner adds query_len - num_rejected to the computed tokens; that lands on next_start.
+            num_rejected=(input_batch.seq_lens[: len(step.slots)] - out.next_start).to(torch.int32),
+        )
+
+    def _dummy(self, hidden_states: torch.Tensor, num_reqs: int) -> SamplerOutput:
+        """Answer of a dummy batch: one chunk of logits, so that memory profiling sees its size; no tokens."""
+        if hidden_states.shape[0]:
+            rows = hidden_states[:1].expand(min(self.rows_per_chunk, 512), -1)
+            CONFIDENCE["low_confidence"](self._logits(rows), torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
+        zeros = torch.zeros(num_reqs, dtype=torch.int32, device=hidden_states.device)
+        tokens = torch.zeros(num_reqs, 1, dtype=torch.int64, device=hidden_states.device)
+        return SamplerOutput(tokens, None, None, zeros, zeros.clone())
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> [rows, V] float32; ids that the tokenizer does not know are cut off, as the reference does."""
+        return self.model.vocab_logits(hidden_states)[:, : self.state.token_ids.num_tokens].float()
+
+    def _propose(self, step: StepBatch, tokens: torch.Tensor, hidden_states: torch.Tensor) -> _Proposals:
+        proposed = tokens.clone()
+        confidence = torch.full(tokens.shape, float("-inf"), dtype=torch.float64, device=tokens.device)
+        out = _Proposals(proposed, confidence)
+        generators: dict[int, torch.Generator] = {}
+        for first, end in self._runs(step):
+            request = int(step.row_request[first])
+            uniform = _is_plain(step.slots[request])
+            index = torch.from_numpy(np.stack([step.row_request[first:end], step.row_position[first:end]]))
+            request_idx, position = index.to(tokens.device, non_blocking=True)
+            logits = forbid(self._logits(hidden_states[first:end]), self.forbidden)
+            if uniform:
+                self._unstall(step, logits, first, end)
+                chosen = choose_tokens(logits, 0.0)
+                conf = CONFIDENCE["low_confidence"](logits, chosen)
+            else:
+                chosen, conf = self._choose_special(step, request, logits, generators)
+            proposed[request_idx, position] = chosen
+            confidence[request_idx, position] = conf
+            self._stash_logprobs(step, out, logits, chosen, first, end)
+        return out
+
+    def _runs(self, step: StepBatch) -> list[tuple[int, int]]:
+        """Cut the rows into chunks that fit the memory bound; requests with settings of their own stand alone."""
+        runs: list[tuple[int, int]] = []
+        start, requests = 0, step.row_request
+        plain = np.array([_is_plain(s) for s in step.slots])
+        # A cut wherever a special request begins or ends.
+        kind = np.where(plain[requests], -1, requests) if len(requests) else requests
+        cuts = [*(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(requests)]
+        for cut in cuts:
+            runs += [(i, min(i + self.rows_per_chunk, cut)) for i in range(start, cut, self.rows_per_chunk)]
+            start = cut
+        return runs
+
+    def _choose_special(
+        self, step: StepBatch, request: int, logits: torch.Tensor, generators: dict[int, torch.Generator]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and confidences of one request with noise, another confidence or a forbidden mask token."""
+        slot = step.slots[request]
+        if self._must_not_stall(step, request):
+            logits[:, self.mask_token_id] = float("-inf")
+        if request not in generators:
+            # Seeded by request and step: neither the batch nor a preemption changes a request's noise.
+            seed = (slot.noise_seed * 1_000_003 + slot.num_steps) % 2**63
+            generators[request] = torch.Generator(logits.device).manual_seed(seed)
+        chosen = choose_tokens(logits, slot.sampling_params.temperature, generators[request])
+        remasking = slot.params.options.diffusion_remasking
+        if remasking == "random":
+            return chosen, random_confidence(len(chosen), generators[request], logits.device)
+        return chosen, CONFIDENCE[remasking](logits, chosen)
+
+    def _unstall(self, step: StepBatch, logits: torch.Tensor, first: int, end: int) -> None:
+        requests = step.row_request[first:end]
+        for request in np.unique(requests).tolist():
+            if self._must_not_stall(step, request):
+                logits[torch.from_numpy(requests == request).to(logits.device), self.mask_token_id] = float("-inf")
+
+    def _must_not_stall(self, step: StepBatch, request: int) -> bool:
+        """True if a block in threshold mode took as many steps as it has positions.
+
+        Every step fills a position unless it predicts the mask token; the reference would then go on for ever
+        (golden README point 45). From here on the mask token is forbidden, so the block ends.
+        """
+        slot = step.slots[request]
+        if slot.params.options.diffusion_threshold is None:
+            return False
+        position = self.state.canvases.position(step.req_idx[request])
+        return position.step_in_block >= slot.plan.block_len
+
+    def _stop_token_ids(self, step: StepBatch) -> torch.Tensor:
+        """[R, K] int64, padded with -1; made anew only when the batch's requests change."""
+        key = [s.stop_token_ids for s in step.slots]
+        if key != self._stop_ids_key:
+            width = max(1, *(len(ids) for ids in key))
+            rows = [[*ids, *[-1] * (width - len(ids))] for ids in key]
+            self._stop_ids = torch.tensor(rows, dtype=torch.int64).to(self.state.device, non_blocking=True)
+            self._stop_ids_key = key
+        return self._stop_ids
+
+    def _stash_logprobs(
+        self, step: StepBatch, out: _Proposals, logits: torch.Tensor, chosen: torch.Tensor, first: int, end: int
+    ) -> None:
+        for i in range(first, end):
+            request = int(step.row_request[i])
+            num = step.slots[request].sampling_params.logprobs
+            if num is None:
+                continue
+            row = torch.log_softmax(logits[i - first], dim=-1)
+            token = chosen[i - first]
+            best = row.topk(num)
+            out.logprobs[request, int(step.row_position[i])] = (
+                torch.cat([token[None], best.indices]),
+                torch.cat([row[token][None], best.values]),
+                (row > row[token]).sum() + 1,
+            )
+
+    def _collect_logprobs(self, step: StepBatch, proposals: _Proposals, out: StepOutput) -> LogprobsTensors | None:
+        """Log-probabilities of the emitted tokens, as of the step in which each was unmasked.
+
+        Waits for the device; only batches with a request that wants logprobs come here. Tokens that no step chose
+        (suffix, places still masked at the end) have log-probability 0 and rank 0.
+        """
+        if not any(s.sampling_params.logprobs is not None for s in step.slots):
+            return None
+        committed = out.committed.cpu()
+        for (request, position), entry in proposals.logprobs.items():
+            if committed[request, position]:
+                step.slots[request].logprobs[position] = entry
+        width = 1 + max(s.sampling_params.logprobs or 0 for s in step.slots)
+        ids, values, ranks, cu = [], [], [], [0]
+        num_new = out.num_emitted.tolist()
+        emitted = out.emitted.cpu()
+        last = (out.canvases.num_emitted.cpu(), out.canvases.stop.tolist())
+        for request, slot in enumerate(step.slots):
+            cu.append(cu[-1] + num_new[request])
+            upto = int(last[0][request])
+            tail = num_new[request] - (slot.plan.suffix_len + (last[1][request] >= 0) if out.finished[request] else 0)
+            for j in range(num_new[request]):
+                position = upto - tail + j
+                if j >= tail:  # suffix, then the stop token
+                    position = last[1][request] if j - tail == slot.plan.suffix_len else -1
+                entry = slot.logprobs.get(position)
+                id_row = torch.full((width,), int(emitted[request, j]), dtype=torch.int64)
+                value_row = torch.zeros(width)
+                if entry is not None:
+                    id_row[: len(entry[0])] = entry[0].cpu()
+                    value_row[: len(entry[1])] = entry[1].cpu()
+                ids.append(id_row)
+                values.append(value_row)
+                ranks.append(int(entry[2]) if entry is not None else 0)
+        if not ids:
+            return None
+        return LogprobsTensors(torch.stack(ids).int(), torch.stack(values), torch.tensor(ranks), cu)
+
+    def _record_traces(self, step: StepBatch, proposals: _Proposals, out: StepOutput) -> None:
+        """Waits for the device; only for requests that are traced."""
+        for request, slot in enumerate(step.slots):
+            if slot.trace is None:
+                continue
+            positions = out.committed[request].nonzero()[:, 0]
+            before = self.state.canvases
+            slot.trace.record_step(
+                positions=positions.tolist(),
+                token_ids=proposals.tokens[request, positions].tolist(),
+                confidence=proposals.confidence[request, positions].tolist(),
+                query_len=int(step.query_len[request]),
+                kv_len=int(step.kv_len[request]),
+                kv_blocks=self.state.num_kv_blocks(step.req_idx[request]),
+                after=before.position(step.req_idx[request]),
+            )
+
+
+def _is_plain(slot: RequestSlot) -> bool:
+    """True for greedy requests with the standard confidence; their rows are handled together."""
+    return slot.sampling_params.temperature == 0 and slot.params.options.diffusion_remasking == "low_confidence"

@@ -1,0 +1,132 @@
+"""Per-request worker state: pre-allocated tensors, add and remove only.
+
+The integers of all requests live in one tensor, so that one copy mirrors them to the host. The mirror is complete
+before the next step begins, because the engine has by then waited for the step's output; reading it costs no
+synchronisation.
+
+S = request slots, C = widest canvas (suffix included).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_dvlm.denoise.step import Canvases
+from vllm_dvlm.params import ResolvedParams
+from vllm_dvlm.terms import Plan, Position, VisualSpan
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+    from vllm_dvlm.worker.trace import TraceRecorder
+
+# Columns before the canvas tokens, in the order of the fields of ``Canvases`` after ``tokens``.
+FIELDS = (
+    "canvas_len",
+    "suffix_len",
+    "prompt_len",
+    "block_len",
+    "steps_per_block",
+    "refresh_interval",
+    "block_start",
+    "step_in_block",
+    "num_emitted",
+    "stop",
+    "num_masked_at_start",
+)
+COLUMN = {name: i for i, name in enumerate(FIELDS)}
+NUM_FIELDS = len(FIELDS)
+
+
+@dataclass
+class RequestSlot:
+    """What the worker knows of one request beside its row of integers.
+
+    prompt_embeds: [prompt, hidden] merged prompt embeddings, filled in the first step (set by model_state).
+    noise_seed: seeds the request's noise together with the step number; None at temperature 0 without need of noise.
+    logprobs: per canvas position (token ids [K + 1], logprobs [K + 1], rank), written when the position is unmasked.
+    """
+
+    req_id: str
+    params: ResolvedParams
+    sampling_params: SamplingParams
+    plan: Plan
+    prompt_token_ids: list[int]
+    visual_spans: list[VisualSpan]
+    stop_token_ids: tuple[int, ...]
+    noise_seed: int
+    num_steps: int = 0
+    prompt_embeds: torch.Tensor | None = None
+    logprobs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    trace: TraceRecorder | None = None
+
+
+class CanvasStates:
+    """Integers of all request slots, on the device and mirrored on the host."""
+
+    def __init__(self, max_num_reqs: int, max_canvas_len: int, device: torch.device) -> None:
+        self.device = device
+        self.max_canvas_len = max_canvas_len
+        shape = (max_num_reqs, NUM_FIELDS + max_canvas_len)
+        self.rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.threshold = torch.full((max_num_reqs,), float("nan"), dtype=torch.float64, device=device)
+        on_host = device.type == "cpu"
+        self.mirror = self.rows if on_host else torch.zeros(shape, dtype=torch.int64, pin_memory=True)
+        self.mirror_np: np.ndarray = self.mirror.numpy()
+
+    def add(self, req_idx: int, plan: Plan, mask_token_id: int, suffix: list[int], threshold: float | None) -> None:
+        """Reset a slot to a fully masked canvas."""
+        row = np.zeros(NUM_FIELDS + self.max_canvas_len, dtype=np.int64)
+        for name, value in (
+            ("canvas_len", plan.canvas_len),
+            ("suffix_len", plan.suffix_len),
+            ("prompt_len", plan.prompt_len),
+            ("block_len", plan.block_len),
+            ("steps_per_block", plan.steps_per_block or 0),
+            ("refresh_interval", plan.refresh_interval),
+            ("stop", -1),
+        ):
+            row[COLUMN[name]] = value
+        row[NUM_FIELDS : NUM_FIELDS + plan.canvas_len] = mask_token_id
+        row[NUM_FIELDS + plan.canvas_len : NUM_FIELDS + plan.canvas_len + plan.suffix_len] = suffix
+        self.restore(req_idx, row, threshold)
+
+    def restore(self, req_idx: int, row: np.ndarray, threshold: float | None) -> None:
+        """Write a whole row, for example one that ``snapshot`` returned before a preemption."""
+        self.mirror_np[req_idx] = row
+        if self.mirror is not self.rows:
+            self.rows[req_idx].copy_(torch.from_numpy(row).pin_memory(), non_blocking=True)
+        self.threshold[req_idx] = float("nan") if threshold is None else threshold
+
+    def snapshot(self, req_idx: int) -> np.ndarray:
+        """Copy of a slot's row as of the last step. [NUM_FIELDS + C] int64."""
+        return self.mirror_np[req_idx].copy()
+
+    def position(self, req_idx: int) -> Position:
+        """Where the slot stands, from the host mirror."""
+        row = self.mirror_np[req_idx]
+        return Position(
+            int(row[COLUMN["block_start"]]), int(row[COLUMN["step_in_block"]]), int(row[COLUMN["num_emitted"]])
+        )
+
+    def tokens_np(self, req_idx: int) -> np.ndarray:
+        """Canvas and suffix tokens of a slot, from the host mirror. [C] int64, a view."""
+        return self.mirror_np[req_idx, NUM_FIELDS:]
+
+    def gather(self, idx: torch.Tensor, width: int) -> Canvases:
+        """The batch's canvases. idx: [R] int64 slots; width: columns of tokens to take."""
+        rows = self.rows[idx]
+        columns = rows[:, :NUM_FIELDS].unbind(1)
+        return Canvases(rows[:, NUM_FIELDS : NUM_FIELDS + width], *columns)
+
+    def scatter(self, idx: torch.Tensor, canvases: Canvases) -> None:
+        """Store the batch's canvases and start the copy to the host."""
+        columns = torch.stack([getattr(canvases, name) for name in FIELDS], dim=1)
+        new = torch.cat([columns, canvases.tokens], dim=1)
+        self.rows[idx, : new.shape[1]] = new
+        if self.mirror is not self.rows:
+            self.mirror.copy_(self.rows, non_blocking=True)

@@ -1,0 +1,110 @@
+"""Trace of one request: what every denoising step did. Golden tests, pictures and debugging read it.
+
+Format: one JSON object per request, ``<request id>.json``; the steps' ``pos``, ``ids`` and ``conf`` are as in the
+golden cases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm import envs
+
+from vllm_dvlm.terms import Position, forward_flops
+
+if TYPE_CHECKING:
+    from vllm_dvlm.worker.states import RequestSlot
+
+_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+
+
+def client_request_id(req_id: str) -> str:
+    """The id the client sees: the engine's id without the random suffix that vLLM adds to it."""
+    if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
+        return req_id
+    return _RANDOM_SUFFIX.sub("", req_id)
+
+
+class TraceRecorder:
+    """Collects the steps of one request and writes the file when it ends."""
+
+    def __init__(self, trace_dir: str, slot: RequestSlot, hf_config: Any) -> None:
+        # Clients choose part of the id (X-Request-Id): nothing of it may name a folder.
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", client_request_id(slot.req_id)).lstrip(".") or "request"
+        self.path = Path(trace_dir) / f"{name}.json"
+        self.plan = slot.plan
+        self.hf_config = hf_config
+        self.position = Position()
+        self.header = {
+            "request_id": client_request_id(slot.req_id),
+            "options": {
+                **asdict(slot.params.options),
+                "diffusion_canvas_length": slot.params.canvas_len,
+                "diffusion_block_length": slot.params.block_len,
+                "diffusion_max_steps": slot.params.max_steps,
+                "temperature": slot.sampling_params.temperature,
+                "max_tokens": slot.params.max_tokens,
+            },
+            "prompt_len": slot.plan.prompt_len,
+            "visual_spans": [[s.start, s.end] for s in slot.visual_spans],
+        }
+        self.steps: list[dict[str, Any]] = []
+        self.flops = 0
+
+    def record_step(
+        self,
+        positions: list[int],
+        token_ids: list[int],
+        confidence: list[float],
+        query_len: int,
+        kv_len: int,
+        kv_blocks: int,
+        after: Position,
+    ) -> None:
+        """Add a denoising step.
+
+        Args:
+            positions, token_ids, confidence: committed canvas positions, ascending, with what was written.
+            query_len, kv_len: tokens computed and attended to.
+            kv_blocks: KV blocks the request holds after the step.
+            after: where the request stands after the step.
+        """
+        self.steps.append(
+            {
+                "block": self.position.block_start // self.plan.block_len,
+                "step": self.position.step_in_block,
+                "pos": positions,
+                "ids": token_ids,
+                "conf": confidence,
+                "query_len": query_len,
+                "seq_len": kv_len,
+                "refresh": query_len == kv_len,
+                "kv_blocks": kv_blocks,
+            }
+        )
+        self.flops += forward_flops(self.hf_config, query_len, kv_len)
+        self.position = after
+
+    def write(self, tokens: np.ndarray, stop: int) -> None:
+        """Write the file in one piece. tokens: [canvas | suffix | unused] int64; stop: canvas position or -1."""
+        canvas_len, suffix_len = self.plan.canvas_len, self.plan.suffix_len
+        final = tokens[: stop if stop >= 0 else canvas_len].tolist() + tokens[canvas_len:][:suffix_len].tolist()
+        data = {
+            **self.header,
+            "steps": self.steps,
+            "pruning": None,
+            "final_ids": final,
+            "stopped_at": stop if stop >= 0 else None,
+            "num_forward_passes": len(self.steps),
+            "flops": self.flops,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(data))
+        temporary.replace(self.path)
