@@ -26,9 +26,7 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Ids, renderer, dtype and default sampling parameters."""
-        import torch
-        from vllm.platforms import current_platform
+        """Ids, renderer and default sampling parameters."""
         from vllm.tokenizers import cached_tokenizer_from_config
 
         from vllm_dvlm.models.configuration import resolve_token_ids
@@ -41,10 +39,6 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         config.end_of_turn_token_id = ids.end_of_turn_token_id
         # The reference decodes greedily unless told otherwise; OpenAI's own default would be 1.
         model_config.override_generation_config.setdefault("temperature", 0.0)
-        if current_platform.is_cpu() and model_config.dtype == torch.float16:
-            # Few CPUs multiply in half precision; the others fall back to slow loops.
-            logger.info("float16 on a CPU host: using float32")
-            model_config.dtype = torch.float32
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -53,6 +47,7 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         model_config = vllm_config.model_config
         scheduler_config = vllm_config.scheduler_config
+        _choose_dtype(model_config, settings)
         # Canvases live on the worker, so nothing travels over vLLM's draft-token path; but a config must be there,
         # and its length sizes per-request buffers (a structured-output bitmask of length x vocabulary among them).
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=1)
@@ -61,6 +56,8 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         scheduler_config.enable_chunked_prefill = False
         vllm_config.cache_config.enable_prefix_caching = False
         vllm_config.attention_config.use_non_causal = True
+        if settings.max_image_tiles is not None:
+            model_config.hf_config.max_image_tiles = settings.max_image_tiles
         # A denoising step runs as a whole: the longest request must fit into one step's budget, and so must its
         # images. vLLM copied the encoder's budgets from the old value before this hook.
         budget = max(scheduler_config.max_num_batched_tokens, model_config.max_model_len)
@@ -78,6 +75,23 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
             settings.trace_dir,
             settings.defaults,
         )
+
+
+def _choose_dtype(model_config: ModelConfig, settings: ServerSettings) -> None:
+    """float32 on a CPU host unless ``cpu_dtype`` asks for bfloat16.
+
+    vLLM resolves a float32 checkpoint to bfloat16 there, which few CPUs multiply fast and none exactly; by the time
+    this hook runs, an explicit --dtype cannot be told from that. Half precision is not usable on CPUs at all.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    wanted = getattr(torch, settings.cpu_dtype)
+    if model_config.dtype != wanted:
+        logger.info("CPU host: using %s instead of %s (server setting cpu_dtype)", wanted, model_config.dtype)
+        model_config.dtype = wanted
 
 
 def _refuse(vllm_config: VllmConfig) -> None:

@@ -73,14 +73,16 @@ class ServerSettings:
     max_canvas_length: largest canvas (suffix included) that a request may ask for.
     max_image_tiles: largest number of tiles of one image; None: no limit beyond the checkpoint's grid.
     trace_dir: folder for traces; None: requests that ask for a trace are refused.
-    logits_chunk_bytes: bound on the memory of vocabulary logits held at once.
+    cpu_dtype: float32 or bfloat16, for CPU hosts only (a GPU follows vLLM's --dtype).
+    logits_chunk_bytes: bound on the memory of vocabulary logits held at once; None: chosen by device.
     """
 
     defaults: DenoiseParams = DenoiseParams()
     max_canvas_length: int = 512
     max_image_tiles: int | None = None
     trace_dir: str | None = None
-    logits_chunk_bytes: int = 256 * 2**20
+    logits_chunk_bytes: int | None = None
+    cpu_dtype: str = "float32"
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> ServerSettings:
@@ -99,7 +101,9 @@ class ServerSettings:
             if key == "trace_dir":
                 if value is not None and not isinstance(value, str):
                     raise ValueError(f"trace_dir must be a path, not {value!r}")
-            elif value is None and key == "max_image_tiles":
+            elif key == "cpu_dtype":
+                _choice(key, value, ("float32", "bfloat16"))
+            elif value is None and key in ("max_image_tiles", "logits_chunk_bytes"):
                 pass
             else:
                 value = _integer(key, value, minimum=1)

@@ -7,6 +7,8 @@ the scheduler can spoil these tests.
 import asyncio
 import json
 import math
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.cache import MultiModalProcessorOnlyCache, engine_receiver_cache_from_config
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.renderers import ChatParams
@@ -159,6 +162,20 @@ def test_ids_spans_and_tiles(fresh, name):
     same_as(case, render(fresh, {**prompt, **mm_options(case)}))
 
 
+def test_pieces_of_any_tokenizer():
+    """1 is BOS, 9 the placeholder; letters are their code points."""
+    plain = lambda text: [1 if c == "^" else ord(c) for c in text]  # noqa: E731
+    a, b, c = (ord(letter) for letter in "abc")
+    pieces = renderer.tokenize_pieces
+    assert pieces("^a<image>bc<image>", plain, 1, 9) == [1, a, 9, c, 9]
+    assert pieces("^a<image><image>bc", plain, 1, 9) == [1, a, 9, 9, c]
+    assert pieces("a<image>bc", plain, 1, 9) == [a, 9, b, c]
+    assert pieces("<image>bc", plain, 1, 9) == [9, b, c]
+    assert pieces("^a<image>bc", plain, None, 9) == [1, a, 9, b, c]
+    with_bos = lambda text: [1, *plain(text)]  # noqa: E731
+    assert pieces("a<image>bc<image>", with_bos, 1, 9) == [1, a, 9, b, c, 9]
+
+
 @pytest.mark.parametrize("name", TEXT_ONLY)
 def test_ids_of_text(fresh, name):
     case = load(name)
@@ -197,8 +214,13 @@ def test_cached_images_need_no_work_and_change_nothing(fresh, monkeypatch):
     same_as(case, render(fresh, {**prompt, **mm_options(case)}))
 
 
-def test_refused_request_leaves_no_trace(fresh):
-    """The front end always sends its images: a refusal after rendering cannot make it forget."""
+def test_refused_request_leaves_no_trace(fresh, config):
+    """The front end always sends its images and the engine core keeps none, so they cannot differ.
+
+    vLLM's default cache sends None for an image that it has rendered before.
+    """
+    assert isinstance(fresh.mm_processor_cache, MultiModalProcessorOnlyCache)
+    assert engine_receiver_cache_from_config(config) is None
     case = load("b1_image_steps_eq_gen")
     prompt = {"prompt": case["prompt_text"], "multi_modal_data": {"image": images_of(case)}}
     render(fresh, dict(prompt))  # never reaches an engine
@@ -239,7 +261,7 @@ def test_chat_with_our_template(tmp_path, name):
 
 
 def test_chat_with_the_checkpoints_own_template(fresh):
-    """It knows no parts: vLLM puts `<image>` and a line break first, and no system text is added."""
+    """It knows no parts: vLLM puts `<image>` and a line break first; no system text is added."""
     case = load("b1_image_steps_eq_gen")
     text = {"type": "text", "text": "Please describe the image in detail."}
     part = {"type": "image_pil", "image_pil": images_of(case)[0]}
@@ -337,6 +359,15 @@ def test_unusable_options(fresh):
     ):
         with pytest.raises(VLLMValidationError, match=message):
             render(fresh, {**request, "mm_processor_kwargs": options})
+
+
+def test_announced_size_is_checked_before_decoding(front_end):
+    """A header of 30000 x 30000 pixels: Pillow's own error would become HTTP 500."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+    png += struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT" + b"\0" * 8
+    with pytest.raises(ValueError, match="VLLM_MAX_IMAGE_PIXELS"):
+        ImageMediaIO(image_mode=None).load_bytes(png)
 
 
 def test_image_embeddings_are_refused(fresh):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 
@@ -45,6 +46,26 @@ def low_confidence(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     wide = logits.double()
     chosen = wide.gather(1, tokens[:, None])[:, 0]
     return torch.exp(chosen - torch.logsumexp(wide, dim=-1))
+
+
+def greedy_low_confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Argmax and its softmax probability in three passes over the row; destroys ``logits``.
+
+    The probability is 1 / (1 + rest) with rest = sum of exp(l - max) over the other tokens. Leaving the 1 out of the
+    float32 sum keeps the relative precision of 1 - p, so rows that are nearly certain still rank as in float64.
+    Twin: ``choose_tokens`` and ``low_confidence``, five times slower on a CPU.
+
+    Args:
+        logits: [N, V] float32 contiguous, forbidden tokens at -inf.
+
+    Returns:
+        ([N] int64, [N] float64).
+    """
+    # numpy's argmax is vectorised, torch's on the CPU is not (0.03 against 0.3 ms for 126k tokens).
+    tokens = torch.from_numpy(np.argmax(logits.numpy(), axis=1)) if logits.is_cpu else logits.argmax(dim=1)
+    column = tokens[:, None]
+    logits.sub_(logits.gather(1, column)).exp_().scatter_(1, column, 0.0)
+    return tokens, 1 / (1 + logits.sum(dim=1).double())
 
 
 def entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

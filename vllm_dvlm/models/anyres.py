@@ -1,7 +1,8 @@
 """Image layout of LLaVA-style "any resolution" models: tiles, token counts and token order.
 
 Pure arithmetic first (front end and worker must agree on it without a message), then pixels, then
-the arrangement of projected features. Numbers in brackets: points of tests/golden/llada_v/README.md.
+the arrangement of projected features. Numbers in brackets are points of the README in
+tests/golden/llada_v.
 """
 
 # T = tiles of an image, H = W = tile side in pixels, P = patches per tile side, N = visual tokens

@@ -191,8 +191,8 @@ def resolve_token_ids(config: Any, tokenizer: Any) -> TokenIds:
     )
     if mask is None:
         raise ValueError(
-            f"No mask token: the tokenizer has neither {_MASK_TEXT!r} nor a mask_token. Name it with "
-            "--hf-overrides '{\"mask_token_id\": ID}'."
+            f"No mask token: the tokenizer has neither {_MASK_TEXT!r} nor a mask_token. Name it "
+            "with --hf-overrides '{\"mask_token_id\": ID}'."
         )
     bos = _first(
         vocab.get(_BOS_TEXT), _special(tokenizer, "bos_token_id"), _in_vocab(config, "bos_token_id")
@@ -211,7 +211,7 @@ def resolve_token_ids(config: Any, tokenizer: Any) -> TokenIds:
         end_of_turn_token_id=_first(
             _explicit(config, "end_of_turn_token_id"), vocab.get(_END_OF_TURN_TEXT)
         ),
-        forbidden_token_ids=tuple(sorted(set(forbidden) - {mask})),
+        forbidden_token_ids=tuple(sorted(set(forbidden))),
         num_tokens=len(tokenizer),
     )
 
@@ -233,7 +233,8 @@ def resolve_image_token_id(config: Any, tokenizer: Any) -> int:
         taken = {ids.mask_token_id, ids.bos_token_id, ids.eos_token_id, ids.end_of_turn_token_id}
         if explicit in taken.union(ids.forbidden_token_ids) or explicit >= config.vocab_size:
             raise ValueError(
-                f"image_token_index={explicit} is taken or outside the vocabulary: choose an unused id."
+                f"image_token_index={explicit} is taken or outside the vocabulary: choose an "
+                "unused id."
             )
         return explicit
     vocab = tokenizer.get_vocab()

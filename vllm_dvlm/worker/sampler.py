@@ -16,7 +16,7 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dvlm.denoise.confidence import CONFIDENCE, choose_tokens, forbid, random_confidence
+from vllm_dvlm.denoise.confidence import CONFIDENCE, choose_tokens, forbid, greedy_low_confidence, random_confidence
 from vllm_dvlm.denoise.step import StepOutput, take_step
 
 if TYPE_CHECKING:
@@ -61,9 +61,12 @@ class DiffusionSampler:
         device = model_state.device
         self.mask_token_id = ids.mask_token_id
         self.forbidden = torch.tensor(sorted(ids.forbidden_token_ids), dtype=torch.int64, device=device)
-        # Three arrays of a row are alive at once: the model's logits, their float32 and their float64 form.
-        row_bytes = 16 * model_state.model_config.get_vocab_size()
-        self.rows_per_chunk = max(1, model_state.settings.logits_chunk_bytes // row_bytes)
+        # Two arrays of a row are alive at once: the model's logits and their float32 form.
+        row_bytes = 8 * model_state.model_config.get_vocab_size()
+        # glibc hands blocks above 32 MiB back to the system at once, and touching fresh pages costs a CPU more than
+        # the arithmetic; a GPU wants large matrices.
+        bound = model_state.settings.logits_chunk_bytes or (48 if device.type == "cpu" else 256) * 2**20
+        self.rows_per_chunk = max(1, bound // row_bytes)
         self._stop_ids_key: list[tuple[int, ...]] = []
         self._stop_ids = torch.empty(0)
 
@@ -106,21 +109,27 @@ class DiffusionSampler:
     def _dummy(self, hidden_states: torch.Tensor, num_reqs: int) -> SamplerOutput:
         """Answer of a dummy batch: one chunk of logits, so that memory profiling sees its size; no tokens."""
         if hidden_states.shape[0]:
-            rows = hidden_states[:1].expand(min(self.rows_per_chunk, 512), -1)
-            CONFIDENCE["low_confidence"](self._logits(rows), torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
+            # The memory of a CPU host is not measured this way, so one row is enough there.
+            num_rows = 1 if hidden_states.device.type == "cpu" else min(self.rows_per_chunk, 512)
+            rows = hidden_states[:1].repeat(num_rows, 1)
+            greedy_low_confidence(self._logits(rows).contiguous())
         zeros = torch.zeros(num_reqs, dtype=torch.int32, device=hidden_states.device)
         tokens = torch.zeros(num_reqs, 1, dtype=torch.int64, device=hidden_states.device)
         return SamplerOutput(tokens, None, None, zeros, zeros.clone())
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> [rows, V] float32; ids that the tokenizer does not know are cut off, as the reference does."""
-        return self.model.vocab_logits(hidden_states)[:, : self.state.token_ids.num_tokens].float()
+        """[rows, hidden] -> [rows, V] float32; ids that the tokenizer does not know are -inf, as the reference cuts them."""
+        logits = self.model.vocab_logits(hidden_states)
+        # Rows behind the tokenizer's last id are set aside rather than sliced off: the row stays contiguous.
+        logits[:, self.state.token_ids.num_tokens :] = float("-inf")
+        return logits.float()
 
     def _propose(self, step: StepBatch, tokens: torch.Tensor, hidden_states: torch.Tensor) -> _Proposals:
         proposed = tokens.clone()
         confidence = torch.full(tokens.shape, float("-inf"), dtype=torch.float64, device=tokens.device)
         out = _Proposals(proposed, confidence)
         generators: dict[int, torch.Generator] = {}
+        wants_logprobs = any(s.sampling_params.logprobs is not None for s in step.slots)
         for first, end in self._runs(step):
             request = int(step.row_request[first])
             uniform = _is_plain(step.slots[request])
@@ -129,13 +138,15 @@ class DiffusionSampler:
             logits = forbid(self._logits(hidden_states[first:end]), self.forbidden)
             if uniform:
                 self._unstall(step, logits, first, end)
-                chosen = choose_tokens(logits, 0.0)
-                conf = CONFIDENCE["low_confidence"](logits, chosen)
+                kept = logits.clone() if wants_logprobs else logits
+                chosen, conf = greedy_low_confidence(logits)
             else:
+                kept = logits
                 chosen, conf = self._choose_special(step, request, logits, generators)
             proposed[request_idx, position] = chosen
             confidence[request_idx, position] = conf
-            self._stash_logprobs(step, out, logits, chosen, first, end)
+            if wants_logprobs:
+                self._stash_logprobs(step, out, kept, chosen, first, end)
         return out
 
     def _runs(self, step: StepBatch) -> list[tuple[int, int]]:

@@ -97,6 +97,10 @@ class _Sequence:
         self.mask_embedding = model.embed([options.mask_id])  # [1, D]
         canvas = self.mask_embedding.expand(options.canvas_length, -1)
         suffix = model.embed(list(options.suffix_ids))
+        if ((prompt.embeddings - self.mask_embedding).abs() < 1e-5).all(-1).any():
+            raise ValueError(
+                "A mask token in the prompt is filled by the original; not covered here."
+            )
         self.x = torch.cat([prompt.embeddings, canvas, suffix])[None]  # [1, T, D]
         self.prompt_len = len(prompt.embeddings)
         self.cache: KVCache | None = None
@@ -148,10 +152,8 @@ class _OfficialSequence(_Sequence):
         hidden = self.forward(start, probe)
         length = hidden.shape[1]
         chunk = self.chunk_rows or length
-        tokens, confidence = (
-            torch.zeros(length, dtype=torch.long),
-            torch.zeros(length, dtype=torch.float64),
-        )
+        tokens = torch.zeros(length, dtype=torch.long)
+        confidence = torch.zeros(length, dtype=torch.float64)
         for low in range(0, length, chunk):
             part = slice(low, min(low + chunk, length))
             logits = self.guided_logits(hidden[:, part])
@@ -252,18 +254,20 @@ class _Decoder:
     def _block(self, start: int, end: int) -> None:
         options = self.options
         num_steps = options.max_steps // options.num_blocks
-        schedule = num_unmasked_per_step(
-            int((self.canvas[start:end] == options.mask_id).sum()), num_steps
-        )
+        num_masked = int((self.canvas[start:end] == options.mask_id).sum())
+        schedule = num_unmasked_per_step(num_masked, num_steps)
         for i in itertools.count():
             is_masked = self.canvas == options.mask_id
-            if options.threshold is None and i == num_steps:
-                return
             if not is_masked[: self.stop].any() or not is_masked[start:end].any():
                 return
+            if options.threshold is None:
+                if i == num_steps:
+                    return
+                self._step(start, end, i, schedule[i])
+                continue
             if i > 2 * options.block_length + options.refresh_interval:
                 raise RuntimeError("The mask token is predicted again and again (point 45).")
-            self._step(start, end, i, schedule[i] if options.threshold is None else 0)
+            self._step(start, end, i, 0)
 
     def _step(self, start: int, end: int, i: int, scheduled: int) -> None:
         options, sequence = self.options, self.sequence
@@ -276,9 +280,8 @@ class _Decoder:
         probe = None
         if self.visual is not None and not sequence.result.steps:
             probe = AttentionProbe(sequence.canvas_slice(), self.visual, sequence.whole_matrix)
-        tokens, confidence = sequence.predict(
-            0 if refresh else sequence.prompt_len + start, rows, probe
-        )
+        first = 0 if refresh else sequence.prompt_len + start
+        tokens, confidence = sequence.predict(first, rows, probe)
         positions, k = _choose(confidence, candidates, is_open, options, scheduled)
         self.canvas[positions] = tokens[positions]
         sequence.write(positions, tokens)
@@ -307,11 +310,9 @@ class _Decoder:
         )
 
     def _find_stop(self) -> None:
-        hits = torch.isin(
-            self.canvas, torch.tensor(self.options.stop_ids, dtype=torch.long)
-        ).nonzero()
-        if len(hits) and (self.stop is None or int(hits[0]) < self.stop):
-            self.stop = int(hits[0])
+        hits = [i for i, token in enumerate(self.canvas.tolist()) if token in self.options.stop_ids]
+        if hits and (self.stop is None or hits[0] < self.stop):
+            self.stop = hits[0]
 
 
 @torch.inference_mode()
@@ -321,9 +322,9 @@ def official_loop(
     """Decode at the cost of the original code.
 
     Each step computes logits of every processed position over the whole vocabulary and a float64
-    softmax of all of them; pruning computes whole attention matrices. `chunk_rows` bounds memory (28
-    bytes and more per position and vocabulary row) without changing the arithmetic; the original has
-    no such bound.
+    softmax of all of them; pruning computes whole attention matrices. `chunk_rows` bounds memory
+    (20 bytes per position and vocabulary row) without changing the arithmetic; the original has no
+    such bound.
     """
     sequence = _OfficialSequence(model, prompt, options, chunk_rows)
     return _Decoder(sequence, prompt, options).run()

@@ -1,0 +1,82 @@
+"""Random checkpoints, loop timing and report files."""
+
+import argparse
+import csv
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from vllm_dvlm.bench import baselines, common
+from vllm_dvlm.bench.checkpoint_files import Sizes
+from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
+from vllm_dvlm.bench.reference.model import ReferenceModel
+
+SIZES = Sizes(hidden=32, layers=2, heads=2, intermediate=48, vision_hidden=16, vision_layers=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return ReferenceModel.load(write_random_checkpoint(tmp_path_factory.mktemp("random"), SIZES))
+
+
+def test_random_checkpoint_has_the_tensors_of_the_tiny_one(model, tmp_path):
+    from tests.tiny_checkpoint import checkpoint
+
+    def names(folder):
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            return {name for name in weights.keys() if "layers" not in name}  # noqa: SIM118
+
+    assert names(model.folder) == names(checkpoint(tmp_path, seed=0))
+    assert (model.text.num_layers, model.vision.num_layers) == (2, 2)
+
+
+def test_random_checkpoint_repeats_and_refuses(model, tmp_path):
+    again = ReferenceModel.load(write_random_checkpoint(tmp_path, SIZES))
+    assert torch.equal(again.text.head, model.text.head)
+    with pytest.raises(ValueError, match="vocab_rows"):
+        write_random_checkpoint(tmp_path, Sizes(vocab_rows=1000))
+    with pytest.raises(ValueError, match="multiple"):
+        write_random_checkpoint(tmp_path, Sizes(hidden=30, heads=4))
+
+
+def test_both_loops_are_timed_and_agree(model):
+    prompt = baselines.make_prompt(model, "What is the color of the sky?")
+    for options in (baselines.exact_options(8, 4), baselines.cached_options(8, block_length=4)):
+        timings = [
+            time_loop(model, prompt, options, num_threads=1, num_repeats=2)
+            for time_loop in (baselines.time_official_loop, baselines.time_lean_loop)
+        ]
+        official, lean = timings
+        assert official.result.final_ids == lean.result.final_ids
+        assert len(lean.result.final_ids) == 8
+        assert len(lean.seconds) == 2 and lean.num_threads == 1
+        assert lean.row()["num_forwards"] == len(lean.result.steps)
+
+
+def test_report_writes_every_file(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    common.add_output_arguments(parser)
+    paths = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "json", "png")}
+    arguments = parser.parse_args([f"--{kind}={path}" for kind, path in paths.items()])
+    rows = [{"loop": "lean", "step_ms": 1.25}, {"loop": "official", "step_ms": 25.0, "note": "x"}]
+    description = common.describe_run(torch.float32, seed=0, hidden=64)
+    common.report(arguments, rows, {"N3_ratio": 1.5}, description, lambda axes: axes.plot([1, 2]))
+    with paths["csv"].open() as file:
+        assert [row["loop"] for row in csv.DictReader(file)] == ["lean", "official"]
+    written = json.loads(paths["json"].read_text())
+    assert written["N3_ratio"] == 1.5 and written["dtype"] == "float32" and written["hidden"] == 64
+    assert written["peak_rss_gib"] > 0
+    assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    assert "N3_ratio: 1.5" in capsys.readouterr().out
+
+
+def test_table_is_aligned():
+    table = common.format_table([{"name": "a", "ms": 1.5}, {"name": "long", "ms": None}])
+    assert table.splitlines() == ["name   ms", "a     1.5", "long    -"]
+
+
+def test_nested_figures_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="N3"):
+        common.write_json(tmp_path / "x.json", {"N3": [1]})
