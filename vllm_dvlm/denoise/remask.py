@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import torch
 
-# Masked positions that may not be unmasked in this step rank below every candidate and above unmasked positions.
-OUT_OF_BOUNDS = -1e30
-
 
 def rank_positions(confidence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sort positions by confidence, highest first, ties to the left.
 
     Args:
-        confidence: [R, C] float64; -inf at positions that are not masked.
+        confidence: [R, C] float64; -inf at positions that are no candidates.
 
     Returns:
         (sorted confidences [R, C], rank of each position [R, C] int64).

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dvlm.denoise.remask import OUT_OF_BOUNDS, num_by_schedule, num_by_threshold, rank_positions
+from vllm_dvlm.denoise.remask import num_by_schedule, num_by_threshold, rank_positions
 
 
 @dataclass
@@ -85,15 +85,16 @@ def take_step(
     at_start = torch.where(state.step_in_block == 0, (masked & in_block).sum(1), state.num_masked_at_start)
 
     by_threshold = ~threshold.isnan()
-    rankable = torch.where(candidate, confidence, OUT_OF_BOUNDS).masked_fill(~masked, float("-inf"))
-    values, ranks = rank_positions(rankable)
+    values, ranks = rank_positions(confidence.masked_fill(~candidate, float("-inf")))
     scheduled = num_by_schedule(at_start, state.steps_per_block.clamp(min=1), state.step_in_block)
     count = torch.where(
         by_threshold,
         num_by_threshold(values, masked.sum(1), threshold.nan_to_num(1.0)),
-        torch.minimum(scheduled, candidate.sum(1)),
+        scheduled,
     )
-    committed = masked & (ranks < count[:, None])
+    # The count may exceed the candidates; the reference then fills up with arbitrary positions of confidence -inf,
+    # none of which shows in its results (points 27 and 44).
+    committed = candidate & (ranks < count[:, None])
     tokens = torch.where(committed, proposed, state.tokens)
 
     in_canvas = pos < state.canvas_len[:, None]

@@ -247,18 +247,14 @@ class DiffusionModelState(ModelState):
     def rows_to_score(self, req_idx: int, slot: RequestSlot) -> np.ndarray:
         """Canvas positions whose logits the step reads, ascending. [rows] int64.
 
-        The candidates of ``denoise.step.candidates``. In threshold mode also the one masked position that is out of
-        bounds, if there is exactly one: the rule may commit it (golden README point 44).
+        The candidates of ``denoise.step.candidates``, read from the host mirror.
         """
         row = self.canvases.mirror_np[req_idx]
         tokens = self.canvases.tokens_np(req_idx)[: slot.plan.canvas_len]
         masked = np.flatnonzero(tokens == self.token_ids.mask_token_id)
         stop = row[COLUMN["stop"]]
         limit = stop if stop >= 0 else row[COLUMN["block_start"]] + row[COLUMN["block_len"]]
-        candidates = masked[masked < limit]
-        if slot.params.options.diffusion_threshold is not None and len(masked) - len(candidates) == 1:
-            return masked
-        return candidates
+        return masked[masked < limit]
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Inputs of a dummy forward pass."""
