@@ -34,9 +34,12 @@ def register() -> None:
     from vllm_dvlm.config import LLaDAVVerifyConfig
     from vllm_dvlm.models.configuration import LlavaLLaDAConfig
     from vllm_dvlm.models.renderer import register_renderer
-    from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels
+    from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels, p002_validate_request
 
-    if current_platform.is_cpu():
+    upstream.check(p002_validate_request.PATCHES)
+    if not current_platform.is_cpu():
+        p002_validate_request.install()  # a CPU host's platform class is ours and does the same
+    else:
         # Only checked here, to fail at start-up; a worker on the CPU device installs them.
         upstream.check(p001_cpu_torch_kernels.PATCHES)
         # vLLM's bf16 attention kernel uses AMX tiles without asking Linux for permission and lives

@@ -1,20 +1,22 @@
 """Checks at the front door: what is wrong with a request is said as HTTP 400 or ValueError, before the engine sees it.
 
-vLLM calls ``validate_params`` of the classes in ``model_config.logits_processors``; they get no config, so the
-server's settings travel in the class name (``Options_<hex>``) and any process can rebuild the class from it.
+For every request vLLM calls, in one function: ``validate_params`` of the classes in ``model_config.logits_processors``,
+which see the parameters, then the platform's ``validate_request``, which sees the prompt, too. An error raised in the
+former would reach the caller as one that is no ValueError, so it only notes whose request this is; the latter checks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
-from vllm.exceptions import VLLMValidationError
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
-from vllm_dvlm.params import ServerSettings, check_lengths, resolve
+from vllm_dvlm.errors import InvalidRequest
+from vllm_dvlm.params import RESUME_KEY, ServerSettings, check_lengths, resolve
 
 if TYPE_CHECKING:
     from vllm import PoolingParams
@@ -44,19 +46,36 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 
 def check_sampling_params(params: SamplingParams, settings: ServerSettings) -> None:
-    """VLLMValidationError (HTTP 400, a ValueError) naming the parameter and the remedy."""
+    """InvalidRequest naming the parameter and the remedy, for what is wrong whatever the prompt is."""
+    if _is_beam_search(params):
+        raise InvalidRequest(
+            "use_beam_search: beam search extends texts token by token and is not possible with masked-diffusion "
+            "decoding; use n > 1 with a temperature above 0",
+            parameter="use_beam_search",
+        )
     for name, neutral, remedy in _UNSUPPORTED:
         value = getattr(params, name, None)
         if not any(value is n or value == n for n in neutral):
-            raise VLLMValidationError(
+            raise InvalidRequest(
                 f"{name}={value!r} is not supported by masked-diffusion decoding; {remedy}", parameter=name
             )
     if params.logprobs is not None and params.logprobs < 0:
-        raise VLLMValidationError("logprobs must be at least 0 for masked-diffusion decoding", parameter="logprobs")
+        raise InvalidRequest("logprobs must be at least 0 for masked-diffusion decoding", parameter="logprobs")
+    if RESUME_KEY in (params.extra_args or {}):
+        raise InvalidRequest(f"{RESUME_KEY} is not an option; remove it", parameter=RESUME_KEY)
     try:
         resolve(params.extra_args, params.max_tokens, settings)
     except ValueError as error:
-        raise VLLMValidationError(str(error)) from error
+        # These messages begin with the name of what is wrong.
+        raise InvalidRequest(str(error), parameter=str(error).split()[0].rstrip(":")) from error
+
+
+def _is_beam_search(params: SamplingParams) -> bool:
+    """True for the one-token requests of which vLLM's front end makes a beam search.
+
+    Nothing else tells them apart: no parameter says so, and their prompts are made anew for every token.
+    """
+    return params.max_tokens == 1 and params.watermarking is False and not params.detokenize and bool(params.logprobs)
 
 
 @dataclass(frozen=True)
@@ -74,40 +93,59 @@ class PromptLimits:
 
 PROMPT_LIMITS_KEY = "dvlm_limits"
 
+# Parameters that vLLM is about to validate, with the settings of their server, between its two calls.
+_noted: ContextVar[tuple[SamplingParams, ServerSettings] | None] = ContextVar("dvlm_noted", default=None)
+
 
 def validate_request(engine_input: Mapping[str, Any], params: SamplingParams | PoolingParams) -> None:
     """Check a rendered prompt together with its parameters; for ``Platform.validate_request``.
 
-    Prompts of other models carry no limits and pass. Raises VLLMValidationError (HTTP 400).
+    Requests to other models pass. Raises InvalidRequest (HTTP 400, a ValueError).
     """
-    limits: PromptLimits | None = engine_input.get(PROMPT_LIMITS_KEY)
-    if limits is None or not isinstance(params, SamplingParams):
+    noted = _noted.get()
+    _noted.set(None)
+    if noted is None or noted[0] is not params:
         return
-    token_ids = engine_input.get("prompt_token_ids")
+    check_sampling_params(*noted)
+    limits: PromptLimits | None = engine_input.get(PROMPT_LIMITS_KEY)
+    if limits is not None:  # some of vLLM's less common endpoints do not ask the renderer
+        _check_prompt(engine_input.get("prompt_token_ids"), params, limits)
+
+
+def _check_prompt(token_ids: list[int] | None, params: SamplingParams, limits: PromptLimits) -> None:
     if not token_ids:
-        raise VLLMValidationError("masked-diffusion models take text or token prompts with at least one token")
+        raise InvalidRequest(
+            "masked-diffusion models take text or token prompts with at least one token", parameter="prompt"
+        )
     if limits.mask_token_id in token_ids:
-        raise VLLMValidationError(
+        raise InvalidRequest(
             "the prompt contains the mask token, which marks positions to be filled; remove it", parameter="prompt"
         )
-    resolved = resolve(params.extra_args, params.max_tokens, limits.settings)
+    max_tokens = params.max_tokens
+    if max_tokens is None:  # vLLM fills in 'all that fits' after this check; a full prompt is its own error
+        max_tokens = max(1, limits.max_model_len - len(token_ids))
+    resolved = resolve(params.extra_args, max_tokens, limits.settings)
     suffix = limits.encode(resolved.options.diffusion_suffix) if resolved.options.diffusion_suffix else []
     if limits.mask_token_id in suffix:
-        raise VLLMValidationError("diffusion_suffix must not contain the mask token")
+        raise InvalidRequest("diffusion_suffix must not contain the mask token", parameter="diffusion_suffix")
     problem = check_lengths(resolved.plan(len(token_ids), len(suffix)), limits.max_model_len, limits.settings)
     if problem is not None:
-        raise VLLMValidationError(problem, parameter="diffusion_canvas_length")
+        raise InvalidRequest(problem, parameter="diffusion_canvas_length")
 
 
 class OptionsValidator(LogitsProcessor):
-    """Validates requests; changes no logits. Subclasses carry the server's settings."""
+    """Marks requests as ours; changes no logits. Subclasses carry the server's settings.
+
+    vLLM builds these classes from their names in any process and gives them no config, so the settings travel in the
+    name (``Options_<hex>``).
+    """
 
     settings = ServerSettings()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """vLLM's admission hook."""
-        check_sampling_params(sampling_params, cls.settings)
+        """vLLM's admission hook; never raises."""
+        _noted.set((sampling_params, cls.settings))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -5,6 +5,7 @@ What we need is set; what we cannot do is refused here, at start-up, with the re
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm.config.diffusion import DiffusionConfig
@@ -48,6 +49,8 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         model_config = vllm_config.model_config
         scheduler_config = vllm_config.scheduler_config
         _choose_dtype(model_config, settings)
+        settings = replace(settings, num_layers=model_config.hf_config.num_hidden_layers)
+        vllm_config.additional_config = {**(vllm_config.additional_config or {}), "dvlm": settings.to_mapping()}
         # Canvases live on the worker, so nothing travels over vLLM's draft-token path; but a config must be there,
         # and its length sizes per-request buffers (a structured-output bitmask of length x vocabulary among them).
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=1)

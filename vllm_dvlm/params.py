@@ -13,12 +13,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from vllm_dvlm.terms import Plan, round_up
+from vllm_dvlm.pruning.names import ROWS, known_methods
+from vllm_dvlm.terms import Plan, pruned_prompt_len, round_up
 
 REMASKING = ("low_confidence", "random", "entropy", "margin")
 SCHEDULES = ("uniform", "cosine", "shift", "logit_normal")
 STREAMS = ("committed", "provisional")
 POSITIONS = ("renumber", "keep")
+
+# Rows that each built-in method takes; a method of a third party checks its own.
+_ROWS_OF = {
+    "none": (),
+    "redvtp": ("masked", "committed", "response_prompt", "all"),
+    "fastv": ("masked", "response_prompt", "all", "last"),
+    "random": (),
+    "uniform": (),
+    "diversity": (),
+}
 
 # Keys that vLLM itself reads from extra_args; they are its business, not ours.
 VLLM_EXTRA_ARGS = frozenset({"kv_cache_report_mode"})
@@ -58,9 +69,14 @@ class DenoiseParams:
     diffusion_cfg_scale: float = _setting(0.0, "classifier-free guidance (not supported yet)", "0")
     diffusion_suffix: str = _setting("", "fixed text behind the canvas, visible to all positions", "text")
     diffusion_stream: str = _setting("committed", "what a stream delivers", "committed")
-    prune_method: str = _setting("none", "which visual tokens go after the first step", "none")
+    prune_method: str = _setting("none", "how the visual tokens that stay are chosen in the first step", "see below")
     prune_keep_ratio: float = _setting(0.5, "share of visual tokens kept", "(0, 1]")
-    prune_layer: int | None = _setting(None, "layer of the first step after which fastv prunes", "1 … layers − 1")
+    prune_layer: int | None = _setting(
+        None, "fastv: layer of the first step after which it prunes; default: half the layers", "1 … layers − 1"
+    )
+    prune_rows: str | None = _setting(
+        None, "rows whose attention scores visual tokens; default: the method's own", "|".join(ROWS)
+    )
     prune_positions: str = _setting("renumber", "rotary positions of the survivors", "|".join(POSITIONS))
     diffusion_trace: int = _setting(0, "1: write a trace of the request to the server's `trace_dir`", "0|1")
 
@@ -73,6 +89,7 @@ class ServerSettings:
     max_canvas_length: largest canvas (suffix included) that a request may ask for.
     max_image_tiles: largest number of tiles of one image; None: no limit beyond the checkpoint's grid.
     trace_dir: folder for traces; None: requests that ask for a trace are refused.
+    num_layers: layers of the model, filled in by the config hook for the check of ``prune_layer``.
     cpu_dtype: float32 or bfloat16, for CPU hosts only (a GPU follows vLLM's --dtype).
     logits_chunk_bytes: bound on the memory of vocabulary logits held at once; None: chosen by device.
     """
@@ -82,6 +99,7 @@ class ServerSettings:
     max_image_tiles: int | None = None
     trace_dir: str | None = None
     logits_chunk_bytes: int | None = None
+    num_layers: int | None = None
     cpu_dtype: str = "float32"
 
     @classmethod
@@ -103,21 +121,25 @@ class ServerSettings:
                     raise ValueError(f"trace_dir must be a path, not {value!r}")
             elif key == "cpu_dtype":
                 _choice(key, value, ("float32", "bfloat16"))
-            elif value is None and key in ("max_image_tiles", "logits_chunk_bytes"):
+            elif value is None and key in ("max_image_tiles", "logits_chunk_bytes", "num_layers"):
                 pass
             else:
                 value = _integer(key, value, minimum=1)
             settings = replace(settings, **{key: value})
         return settings
 
-    def to_name(self) -> str:
-        """Encode as an identifier suffix, for classes that any process rebuilds from their name alone."""
+    def to_mapping(self) -> dict[str, Any]:
+        """Inverse of ``from_additional_config``, without the key ``dvlm``."""
         raw = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "defaults"}
         default = DenoiseParams()
         for f in fields(DenoiseParams):
             if getattr(self.defaults, f.name) != getattr(default, f.name):
                 raw[f.name] = getattr(self.defaults, f.name)
-        return json.dumps(raw, sort_keys=True).encode().hex()
+        return raw
+
+    def to_name(self) -> str:
+        """Encode as an identifier suffix, for classes that any process rebuilds from their name alone."""
+        return json.dumps(self.to_mapping(), sort_keys=True).encode().hex()
 
     @classmethod
     def from_name(cls, name: str) -> ServerSettings:
@@ -149,6 +171,13 @@ class ResolvedParams:
         return Plan(
             prompt_len, self.canvas_len, suffix_len, self.block_len, steps, self.options.diffusion_refresh_interval
         )
+
+    def pruned_plan(self, plan: Plan, num_visual: int) -> Plan | None:
+        """The course after pruning; None if nothing is to be pruned. num_visual: visual tokens of the prompt."""
+        if self.options.prune_method == "none" or num_visual == 0:
+            return None
+        prompt_len = pruned_prompt_len(plan.prompt_len, num_visual, self.options.prune_keep_ratio)
+        return None if prompt_len == plan.prompt_len else replace(plan, prompt_len=prompt_len)
 
     def max_new_tokens(self, suffix_len: int) -> int:
         """Output tokens after which the request ends."""
@@ -240,8 +269,17 @@ def _refuse_unsupported(opts: DenoiseParams, settings: ServerSettings) -> None:
         raise ValueError("diffusion_schedule: this model family unmasks by the uniform schedule; use 'uniform'")
     if opts.diffusion_stream != "committed":
         raise ValueError("diffusion_stream: only 'committed' is supported yet")
-    if opts.prune_method != "none":
-        raise ValueError(f"prune_method {opts.prune_method!r} is not available in this version; use 'none'")
+    if opts.prune_layer is not None:
+        if opts.prune_method != "fastv":
+            raise ValueError(f"prune_layer belongs to prune_method 'fastv', not {opts.prune_method!r}; remove it")
+        if settings.num_layers is not None and opts.prune_layer >= settings.num_layers:
+            raise ValueError(f"prune_layer must be from 1 to {settings.num_layers - 1}, not {opts.prune_layer}")
+    check = _ROWS_OF.get(opts.prune_method)
+    if opts.prune_rows is not None and check is not None and opts.prune_rows not in check:
+        raise ValueError(
+            f"prune_rows {opts.prune_rows!r} does not go with prune_method {opts.prune_method!r}; "
+            f"use one of {', '.join(check) or 'none: remove it'}"
+        )
     if opts.diffusion_trace and settings.trace_dir is None:
         raise ValueError(
             "diffusion_trace: this server writes no traces; start it with "
@@ -321,9 +359,10 @@ _CHECKS: dict[str, Any] = {
     "diffusion_cfg_scale": lambda k, v: _number(k, v, "a number ≥ 0", lambda x: x >= 0),
     "diffusion_suffix": _text,
     "diffusion_stream": lambda k, v: _choice(k, v, STREAMS),
-    "prune_method": lambda k, v: _text(k, v),
+    "prune_method": lambda k, v: _choice(k, v, known_methods()),
     "prune_keep_ratio": lambda k, v: _number(k, v, "a number in (0, 1]", lambda x: 0 < x <= 1),
     "prune_layer": _optional(lambda k, v: _integer(k, v, 1)),
+    "prune_rows": _optional(lambda k, v: _choice(k, v, ROWS)),
     "prune_positions": lambda k, v: _choice(k, v, POSITIONS),
     "diffusion_trace": _switch,
 }

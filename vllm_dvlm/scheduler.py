@@ -15,6 +15,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dvlm.kv.release import release_tail
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, check_lengths, resolve
 from vllm_dvlm.terms import Plan, Position, advance, next_query_start
 
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-# Cumulative counters of one engine, exported by ``metrics.DvlmStatLogger``.
+# Counters of one engine, exported by ``metrics.DvlmStatLogger``; a row here needs one in ``metrics.METRICS``.
 COUNTERS = (
     "denoise_steps",
     "forward_tokens_full",
     "forward_tokens_cached",
     "committed_tokens",
     "canvas_positions",
+    "requests_pruned",
+    "visual_tokens_pruned",
+    "kv_blocks_freed",
 )
 
 
@@ -44,12 +48,14 @@ class DiffusionRequest(Request):
     """
 
     plan: Plan
+    pruned_plan: Plan | None
     position: Position
     needs_encoder: bool
 
-    def start(self, plan: Plan) -> None:
-        """Attach the course of the request; called once, before the request is queued."""
+    def start(self, plan: Plan, pruned_plan: Plan | None = None) -> None:
+        """Attach the course of the request, before and after pruning; called once, before the request is queued."""
         self.plan = plan
+        self.pruned_plan = pruned_plan
         self.position = Position()
         self.needs_encoder = True
 
@@ -81,6 +87,7 @@ class DiffusionScheduler(Scheduler):
         self.settings = ServerSettings.from_additional_config(self.vllm_config.additional_config)
         self.end_of_turn_token_id = self.vllm_config.model_config.hf_config.end_of_turn_token_id
         self.counters: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
         self._rejected: dict[str, str] = {}
 
     # -- admission ---------------------------------------------------------------------------------------------
@@ -108,8 +115,9 @@ class DiffusionScheduler(Scheduler):
         problem = check_lengths(plan, self.max_model_len, self.settings)
         if problem is not None:
             raise ValueError(problem)
+        num_visual = sum(feature.mm_position.length for feature in request.mm_features)
         request.__class__ = DiffusionRequest
-        request.start(plan)
+        request.start(plan, resolved.pruned_plan(plan, num_visual))
         request.max_tokens = resolved.max_new_tokens(suffix_len)
         if not params.ignore_eos:
             # vLLM knows one end token per tokenizer, <|endoftext|>, which diffusion decoding never produces.
@@ -186,27 +194,38 @@ class DiffusionScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, then the start of every request's next step."""
-        before = {
-            req_id: request.num_output_tokens
-            for req_id in scheduler_output.num_scheduled_tokens
-            if (request := self.requests.get(req_id)) is not None
-        }
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         sampled = model_runner_output.sampled_token_ids
-        for req_id, num_before in before.items():
+        for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(req_id)
+            # Finished in this step, aborted, or preempted while it was computed: there is no next step to prepare.
+            if request is None or request.status != RequestStatus.RUNNING:
+                continue
             index = model_runner_output.req_id_to_index.get(req_id)
             num_new = len(sampled[index]) if sampled and index is not None else 0
-            if request is None:  # finished in this step
-                self.counters["committed_tokens"] += num_new
-                continue
-            self.counters["committed_tokens"] += request.num_output_tokens - num_before
-            if request.status != RequestStatus.RUNNING:  # preempted while its step was computed
-                continue
+            if request.pruned_plan is not None:
+                self._shorten(request)
             request.position = advance(request.plan, request.position, num_new)
             request.num_computed_tokens = next_query_start(request.plan, request.position)
             request.needs_encoder = False
         return outputs
+
+    def _shorten(self, request: DiffusionRequest) -> None:
+        """After its first step a request that prunes is as long as its survivors; the rest of its KV goes back.
+
+        The worker has moved the kept rows by now: the step's output is here.
+        """
+        self.counters["visual_tokens_pruned"] += request.plan.prompt_len - request.pruned_plan.prompt_len
+        self.counters["requests_pruned"] += 1
+        request.plan, request.pruned_plan = request.pruned_plan, None
+        freed = release_tail(self.kv_cache_manager, request.request_id, request.plan.total_len)
+        self.counters["kv_blocks_freed"] += freed
+
+    def _update_request_with_output(self, *args: Any, **kwargs: Any) -> tuple[list[int], bool]:
+        """vLLM's stop check. Counted here, since a step's statistics are made before ``update_from_output`` ends."""
+        new_token_ids, stopped = super()._update_request_with_output(*args, **kwargs)
+        self.counters["committed_tokens"] += len(new_token_ids)
+        return new_token_ids, stopped
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt; the worker is told that the request comes back, so that it keeps the canvas."""
@@ -216,12 +235,14 @@ class DiffusionScheduler(Scheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's statistics with our counters.
+        """vLLM's statistics with what our counters grew by since the last ones.
 
         SchedulerStats has no field for plugins and is decoded as exactly this class in the front end. Its one free
-        map of names to integers is that of LoRA adapters, which these models refuse.
+        map of names to integers is that of LoRA adapters, which these models refuse. Each SchedulerStats goes to one
+        of the API servers, so these are increments: totals would add up to too much.
         """
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            stats.running_lora_adapters = dict(self.counters)
+            stats.running_lora_adapters = {name: self.counters[name] - self._reported[name] for name in COUNTERS}
+            self._reported = self.counters.copy()
         return stats

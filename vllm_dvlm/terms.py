@@ -22,6 +22,11 @@ class VisualSpan:
         return self.end - self.start
 
 
+def pruned_prompt_len(prompt_len: int, num_visual: int, keep_ratio: float) -> int:
+    """Tokens of the prompt once ``num_kept`` of its visual tokens are left."""
+    return prompt_len - num_visual + num_kept(num_visual, keep_ratio)
+
+
 def cdiv(a: int, b: int) -> int:
     """Smallest integer not below ``a / b``."""
     return -(-a // b)
@@ -105,7 +110,7 @@ def num_scheduled_steps(num_masked: int, steps_per_block: int) -> list[int]:
     return [base + (i < extra) for i in range(steps_per_block)]
 
 
-def forward_flops(config: object, query_len: int, kv_len: int) -> int:
+def forward_flops(config: object, query_len: int, kv_len: int, num_layers: int | None = None) -> int:
     """Floating point operations of the text layers for ``query_len`` tokens that attend to ``kv_len``.
 
     Per layer with width d and gated MLP width m: projections 4 n d^2, attention 2 n t d, MLP 3 n d m (the formula of
@@ -116,8 +121,10 @@ def forward_flops(config: object, query_len: int, kv_len: int) -> int:
         config: the checkpoint's config (hidden_size, num_hidden_layers, ...).
         query_len: tokens computed, n.
         kv_len: tokens attended to, t.
+        num_layers: layers to count; None for all.
     """
     d, m = config.hidden_size, config.intermediate_size  # type: ignore[attr-defined]
     kv_share = config.num_key_value_heads / config.num_attention_heads  # type: ignore[attr-defined]
     per_token = (2 + 2 * kv_share) * d * d + 2 * kv_len * d + 3 * d * m
-    return int(config.num_hidden_layers * query_len * per_token)  # type: ignore[attr-defined]
+    layers = config.num_hidden_layers if num_layers is None else num_layers  # type: ignore[attr-defined]
+    return int(layers * query_len * per_token)

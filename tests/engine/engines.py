@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm import LLM, RequestOutput, SamplingParams, envs
 
 from tests.golden import cases
@@ -23,7 +22,7 @@ MAX_NUM_BATCHED_TOKENS = 9216
 MAX_NUM_SEQS = 16
 MAX_CANVAS_LENGTH = 64
 # The tiny model's KV block of 32 tokens takes 128 KiB.
-NUM_KV_BLOCKS = 512
+NUM_KV_BLOCKS = 256
 
 Prompt = dict[str, Any]
 Work = Mapping[str, tuple[Prompt, SamplingParams]]
@@ -98,7 +97,15 @@ class Engine:
         self.model_state = self.runner.model_state
         self.sampler = self.runner.sampler
         self.model = self.runner.model
-        self._num_free_blocks = self.num_free_blocks
+        self.num_idle_blocks = self.num_free_blocks
+
+    def close(self) -> None:
+        """End the engine and leave the process ready for another."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.core.shutdown()
+        del self.llm, self.engine, self.core, self.scheduler, self.runner, self.model_state, self.sampler, self.model
+        cleanup_dist_env_and_memory()
 
     # -- weights -----------------------------------------------------------------------------------------------
 
@@ -130,6 +137,9 @@ class Engine:
                     done[output.request_id] = output
             if on_step is not None:
                 on_step()
+        # The worker hears of a finished request with the next step.
+        while self.scheduler.has_requests():
+            self.engine.step()
         return done
 
     def run(self, work: Work, on_step: Callable[[], None] | None = None) -> dict[str, RequestOutput]:
@@ -160,30 +170,21 @@ class Engine:
     # -- what the engine holds ---------------------------------------------------------------------------------
 
     @property
+    def kv_block_size(self) -> int:
+        return self.scheduler.block_size
+
+    @property
     def num_free_blocks(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
+    @property
+    def num_held_blocks(self) -> int:
+        """KV blocks that requests own."""
+        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return sum(len(blocks) for blocks in manager.req_to_blocks.values())
+
     def assert_idle(self) -> None:
         """No KV block, no worker slot and no queue entry outlives its request."""
-        # The worker hears of finished requests with the next step; without one, the list is still there.
-        self.runner.finish_requests(self.scheduler._make_cached_request_data) if False else None
-        assert self.num_free_blocks == self._num_free_blocks, "KV blocks lost"
+        assert self.num_free_blocks == self.num_idle_blocks, "KV blocks lost"
         assert not self.scheduler.requests and not self.scheduler.running and not self.scheduler.waiting
-        left = {slot.req_id for slot in self.model_state.slots.values()}
-        assert left <= self.scheduler.finished_req_ids, "worker slots lost"
-
-    # -- dense recomputation -----------------------------------------------------------------------------------
-
-    def token_ids_of(self, case: cases.Case) -> list[int]:
-        """Prompt ids of a case without images."""
-        assert not case.image_records
-        return case.prompt_ids
-
-
-def dense_logits(model: Any, prompt_ids: list[int], canvas: list[int], forbidden: list[int]) -> torch.Tensor:
-    """Float32 logits of every canvas position from a full forward. model: bench.reference. [C, V]."""
-    with torch.inference_mode():
-        hidden = model.text.forward(model.embed(prompt_ids + canvas)[None])[0]
-        logits = model.text.logits(hidden[len(prompt_ids) :][: len(canvas)])
-    logits[:, forbidden] = -torch.inf
-    return logits
+        assert not self.model_state.slots and not self.model_state.req_idx_of, "worker slots lost"

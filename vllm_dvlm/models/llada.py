@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,13 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, make_layers, maybe_prefix
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    extract_layer_index,
+    make_layers,
+    maybe_prefix,
+)
 from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
@@ -48,6 +54,25 @@ def padded_head_size(head_size: int) -> int:
     raise ValueError(f"head size {head_size} is larger than the CPU attention kernels take ({sizes[-1]})")
 
 
+class LayerObserver(Protocol):
+    """Somebody who looks at layers while they run, and may take rows away between them."""
+
+    @property
+    def active(self) -> bool:
+        """False in steps that need no observing; then nothing else is called."""
+
+    def observe(self, layer: int, attention: LLaDAAttention, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Queries and keys of a layer after the rotary embedding, [rows, heads * head size]."""
+
+    def after_layer(
+        self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows for the next layer."""
+
+    def finish_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows as they were scheduled, from the rows that are left."""
+
+
 class BidirectionalAttention(Attention):
     """vLLM's attention layer whose KV cache declares that rows attend to later rows, too."""
 
@@ -61,6 +86,8 @@ class LLaDAAttention(nn.Module):
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        self.layer_index = extract_layer_index(prefix)
+        self.observer: LayerObserver | None = None
         config = vllm_config.model_config.hf_config
         quant_config = vllm_config.quant_config
         tp_size = get_tensor_model_parallel_world_size()
@@ -107,6 +134,8 @@ class LLaDAAttention(nn.Module):
         kv_width = self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([self.num_heads * self.head_dim, kv_width, kv_width], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
+        if self.observer is not None and self.observer.active:
+            self.observer.observe(self.layer_index, self, q, k)
         if self.padded_dim == self.head_dim:
             out = self.attn(q, k, v)
         else:
@@ -203,6 +232,7 @@ class LLaDAModel(nn.Module):
             prefix=maybe_prefix(prefix, "layers"),
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.observer: LayerObserver | None = None
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[N] -> [N, hidden]."""
@@ -211,10 +241,21 @@ class LLaDAModel(nn.Module):
     def forward(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """positions: [N] int64; inputs_embeds: [N, hidden]. Returns [N, hidden] after the final norm."""
         hidden_states, residual = inputs_embeds, None
-        for layer in islice(self.layers, self.start_layer, self.end_layer):
+        observed = self.observer is not None and self.observer.active
+        for index, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer)):
             hidden_states, residual = layer(positions, hidden_states, residual)
+            if observed:
+                positions, hidden_states, residual = self.observer.after_layer(
+                    index, positions, hidden_states, residual
+                )
         hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states
+        return self.observer.finish_forward(hidden_states) if observed else hidden_states
+
+    def set_observer(self, observer: LayerObserver) -> None:
+        """Let ``observer`` look at the layers of steps in which it is active."""
+        self.observer = observer
+        for layer in self.layers:
+            layer.self_attn.observer = observer
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load tensors named as in the checkpoint, without the leading ``model.``."""

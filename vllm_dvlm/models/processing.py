@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 from transformers import BatchFeature
-from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.image import normalize_image
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.media import MediaWithBytes
@@ -25,6 +24,7 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
+from vllm_dvlm.errors import InvalidRequest
 from vllm_dvlm.models.anyres import (
     ImageLayout,
     ImageLayoutConfig,
@@ -58,7 +58,7 @@ class RgbDataParser(MultiModalDataParser):
         if data is None:
             return None
         if self.is_embeddings(data):
-            raise VLLMValidationError(
+            raise InvalidRequest(
                 "Image embeddings are not supported: send the image.", parameter="image"
             )
         if isinstance(data, (Image.Image, MediaWithBytes)) or getattr(data, "ndim", None) == 3:
@@ -113,7 +113,7 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
     def layout_for(self, mm_kwargs: Mapping[str, object]) -> ImageLayoutConfig:
         """Layout by the checkpoint, the server's `--mm-processor-kwargs` and a request's.
 
-        Raises VLLMValidationError for an unknown option or value.
+        Raises InvalidRequest for an unknown option or value.
         """
         merged = self._merge_and_resolve_mm_processor_kwargs(mm_kwargs)
         options = merged.pop(_IMAGE_SCOPE, {})
@@ -121,7 +121,7 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
             merged[_IMAGE_SCOPE], options = options, {}
         unknown = [*merged, *(name for name in options if name != _ASPECT_RATIO)]
         if unknown:
-            raise VLLMValidationError(
+            raise InvalidRequest(
                 f"mm_processor_kwargs {unknown} are not settings of this model; it knows "
                 f"{_ASPECT_RATIO!r}.",
                 parameter="mm_processor_kwargs",
@@ -133,17 +133,17 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
         try:
             return layout.with_aspect_ratio(options[_ASPECT_RATIO])
         except ValueError as error:
-            raise VLLMValidationError(str(error), parameter=_ASPECT_RATIO) from error
+            raise InvalidRequest(str(error), parameter=_ASPECT_RATIO) from error
 
     def image_layout(self, width: int, height: int, layout: ImageLayoutConfig) -> ImageLayout:
-        """Layout of one image; VLLMValidationError if the model or this server cannot take it."""
+        """Layout of one image; InvalidRequest if the model or this server cannot take it."""
         try:
             found = layout_of(width, height, layout)
         except ValueError as error:
-            raise VLLMValidationError(str(error), parameter="image") from error
+            raise InvalidRequest(str(error), parameter="image") from error
         limit = self.max_image_tiles
         if limit is not None and found.num_tiles > limit:
-            raise VLLMValidationError(
+            raise InvalidRequest(
                 f"An image of {width}x{height} pixels needs {found.num_tiles} tiles, this server "
                 f"takes {limit}: send a smaller image, or mm_processor_kwargs "
                 f"{{'{_ASPECT_RATIO}': 'pad'}}, or raise max_image_tiles.",
@@ -151,7 +151,7 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
             )
         # Only a request's own mode can get here: the server's bound is the largest of its mode.
         if layout != self.layout and found.num_visual_tokens > self.max_image_tokens:
-            raise VLLMValidationError(
+            raise InvalidRequest(
                 f"An image of {width}x{height} pixels has {found.num_visual_tokens} visual tokens "
                 f"in this mode, this server is sized for {self.max_image_tokens}: start it with "
                 f"the mode in --mm-processor-kwargs.",
@@ -259,13 +259,13 @@ class LLaDAVMultiModalProcessor(BaseMultiModalProcessor[LLaDAVProcessingInfo]):
 
 
 def check_placeholders(token_ids: Sequence[int], image_token_id: int, num_images: int) -> None:
-    """VLLMValidationError unless a prompt, not yet expanded, has one placeholder per image.
+    """InvalidRequest unless a prompt, not yet expanded, has one placeholder per image.
 
     vLLM would take surplus placeholders for text, and would expand an expanded prompt again.
     """
     found = sum(i == image_token_id for i in token_ids)
     if found != num_images:
-        raise VLLMValidationError(
+        raise InvalidRequest(
             f"The prompt has {found} image placeholder(s) but {num_images} image(s): write <image> "
             f"in the text (or id {image_token_id} in a token prompt) exactly once per image.",
             parameter="prompt",
@@ -276,7 +276,7 @@ def to_rgb(image: Any) -> Image.Image:
     """Any image vLLM may carry as RGB: a Pillow image in any mode, turned upright if its EXIF data
     says so, or uint8 pixels with 1, 3 or 4 channels, [H, W, C] or [C, H, W].
 
-    Raises VLLMValidationError for anything else.
+    Raises InvalidRequest for anything else.
     """
     if not isinstance(image, Image.Image):
         return _from_pixels(image).convert("RGB")
@@ -287,7 +287,7 @@ def to_rgb(image: Any) -> Image.Image:
             image = normalize_image(image)
         return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise VLLMValidationError(
+        raise InvalidRequest(
             f"An image of mode {image.mode!r} cannot be read as RGB: {error}", parameter="image"
         ) from error
 
@@ -299,7 +299,7 @@ def _from_pixels(pixels: Any) -> Image.Image:
         array = array.transpose(1, 2, 0)
     usable = array.ndim == 3 and array.shape[-1] in (1, 3, 4) and array.size > 0
     if not usable or array.dtype != np.uint8:
-        raise VLLMValidationError(
+        raise InvalidRequest(
             f"Pixels of shape {array.shape} and type {array.dtype} are no image: send uint8 values "
             "of 1, 3 or 4 channels, or a Pillow image.",
             parameter="image",

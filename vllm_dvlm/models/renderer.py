@@ -13,9 +13,14 @@ from PIL import Image
 from vllm import envs
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.registry import RENDERER_REGISTRY
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.tokenizers.registry import TokenizerRegistry
 
+from vllm_dvlm.admission import PROMPT_LIMITS_KEY, PromptLimits
+from vllm_dvlm.errors import refusals_are_value_errors
+from vllm_dvlm.models.configuration import resolve_token_ids
 from vllm_dvlm.models.processing import check_placeholders
+from vllm_dvlm.params import ServerSettings
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -73,6 +78,38 @@ class LLaDAVRenderer(HfRenderer):
         # vLLM's check of the same header gives 400.
         if envs.VLLM_MAX_IMAGE_PIXELS > 0:
             Image.MAX_IMAGE_PIXELS = None
+        # Not the renderer's own tokenizer: that one is in use on other threads while requests are checked.
+        tokenizer = cached_tokenizer_from_config(self.model_config)
+        self.prompt_limits = PromptLimits(
+            settings=ServerSettings.from_additional_config(config.additional_config),
+            max_model_len=self.model_config.max_model_len,
+            mask_token_id=resolve_token_ids(self.model_config.hf_config, tokenizer).mask_token_id,
+            encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        )
+
+    def render_cmpl(self, *args: Any, **kwargs: Any) -> Any:
+        with refusals_are_value_errors():
+            return super().render_cmpl(*args, **kwargs)
+
+    def render_chat(self, *args: Any, **kwargs: Any) -> Any:
+        with refusals_are_value_errors():
+            return super().render_chat(*args, **kwargs)
+
+    def validate_token_ids(self, *args: Any, **kwargs: Any) -> None:
+        with refusals_are_value_errors():
+            super().validate_token_ids(*args, **kwargs)
+
+    def process_for_engine(self, *args: Any, **kwargs: Any) -> Any:
+        return self._with_limits(super().process_for_engine(*args, **kwargs))
+
+    async def process_for_engine_async(self, *args: Any, **kwargs: Any) -> Any:
+        return self._with_limits(await super().process_for_engine_async(*args, **kwargs))
+
+    def _with_limits(self, engine_input: Any) -> Any:
+        """Attach what ``admission`` checks the prompt against; vLLM builds the engine's request field by field and
+        leaves the key behind."""
+        engine_input[PROMPT_LIMITS_KEY] = self.prompt_limits
+        return engine_input
 
     def render_messages(self, messages: Any, params: "ChatParams") -> Any:
         return super().render_messages(messages, _as_text(params))

@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, resolve
 from vllm_dvlm.terms import VisualSpan, next_query_start
+from vllm_dvlm.worker.pruning import Segment, StepPruner
 from vllm_dvlm.worker.sampler import DiffusionSampler
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
 from vllm_dvlm.worker.trace import TraceRecorder
@@ -62,6 +63,11 @@ class StepBatch:
     kv_len: np.ndarray
 
 
+    def pruning(self) -> list[tuple[RequestSlot, bool]]:
+        """Each request, and whether it prunes in this step."""
+        return [(s, s.pruned_plan is not None and s.num_steps == 0) for s in self.slots]
+
+
 class DiffusionModelState(ModelState):
     """State of one worker; see the module's docstring for the life of a step."""
 
@@ -82,6 +88,10 @@ class DiffusionModelState(ModelState):
         self.req_idx_of: dict[str, int] = {}
         self.step: StepBatch | None = None
         self.block_tables: BlockTables | None = None
+        self.num_layers = self.model_config.hf_config.num_hidden_layers
+        self.num_heads = self.model_config.hf_config.num_attention_heads
+        self.pruner = StepPruner(self)
+        model.model.set_observer(self.pruner)
         self.writes_traces = get_tensor_model_parallel_rank() == 0
         # Canvases of removed requests, for those that were preempted and come back. The hook does not say which of
         # the two happened, so the oldest go first; a row is a few kB.
@@ -123,6 +133,7 @@ class DiffusionModelState(ModelState):
             for f in new_req_data.mm_features
         ]
         seed = sampling_params.seed
+        num_visual = sum(len(span) for span in spans)
         slot = RequestSlot(
             new_req_data.req_id,
             params,
@@ -133,6 +144,7 @@ class DiffusionModelState(ModelState):
             tuple(sorted(stop_ids)),
             # Every rank must draw the same noise, so an unseeded request is seeded by its (random) id.
             seed if seed is not None else hash_seed(new_req_data.req_id),
+            pruned_plan=params.pruned_plan(plan, num_visual),
         )
         if params.options.diffusion_trace and self.writes_traces:
             slot.trace = TraceRecorder(self.settings.trace_dir, slot, self.model_config.hf_config)
@@ -233,7 +245,22 @@ class DiffusionModelState(ModelState):
             query_len,
             input_batch.num_computed_tokens_np + query_len,
         )
+        if any(slot.rope_positions is not None for slot in slots):
+            return {"positions": self._rotary_positions(slots, input_batch)}
         return {}
+
+    def _rotary_positions(self, slots: list[RequestSlot], input_batch: InputBatch) -> torch.Tensor:
+        """Rotary positions of a batch in which a pruned request keeps its angles. [N] int64.
+
+        KV slots are fixed by now, from the cache positions.
+        """
+        positions = input_batch.positions.clone()
+        for b, slot in enumerate(slots):
+            if slot.rope_positions is not None:
+                first, end = input_batch.query_start_loc_np[b : b + 2].tolist()
+                start = int(input_batch.num_computed_tokens_np[b])
+                positions[first:end] = slot.rope_positions[start : start + end - first]
+        return positions
 
     def _check_schedule(self, slot: RequestSlot, req_idx: int, start: int, query_len: int) -> None:
         """Scheduler and worker must agree on where the request stands; a resumed request always starts at 0."""
@@ -275,28 +302,50 @@ class DiffusionModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Attention metadata without a causal mask."""
+        """Attention metadata without a causal mask; of its own for layers that run on shortened requests."""
         num_reqs = input_batch.num_reqs
-        seq_lens_np = input_batch.seq_lens_cpu_upper_bound
-        return build_attn_metadata(
-            attn_groups=attn_groups,
-            num_reqs=num_reqs,
-            num_tokens=input_batch.num_tokens,
-            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
-            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1]),
-            max_query_len=int(input_batch.num_scheduled_tokens.max()),
-            seq_lens=input_batch.seq_lens,
-            max_seq_len=self.max_model_len if for_capture else int(seq_lens_np[:num_reqs].max()),
-            block_tables=block_tables,
-            slot_mappings=slot_mappings,
-            kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=seq_lens_np,
-            positions=input_batch.positions,
-            is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
-            for_cudagraph_capture=for_capture,
-            causal=False,
-            ubatch_idx=ubatch_idx,
-        )
+        query_start = input_batch.query_start_loc_np[: num_reqs + 1]
+        seq_lens_np = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
+
+        def build(
+            start: np.ndarray, start_gpu: torch.Tensor, lens: torch.Tensor, lens_gpu: torch.Tensor, slots: torch.Tensor
+        ) -> dict[str, Any]:
+            return build_attn_metadata(
+                attn_groups=attn_groups,
+                num_reqs=num_reqs,
+                num_tokens=int(start[-1]),
+                query_start_loc_gpu=start_gpu,
+                query_start_loc_cpu=torch.from_numpy(start),
+                max_query_len=int(np.diff(start).max()),
+                seq_lens=lens_gpu,
+                max_seq_len=self.max_model_len if for_capture else int(lens.max()),
+                block_tables=block_tables,
+                slot_mappings=slots,
+                kv_cache_config=kv_cache_config,
+                seq_lens_cpu_upper_bound=lens,
+                positions=input_batch.positions,
+                is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
+                for_cudagraph_capture=for_capture,
+                causal=False,
+                ubatch_idx=ubatch_idx,
+            )
+
+        query_start_gpu = input_batch.query_start_loc[: num_reqs + 1]
+        metadata = build(query_start, query_start_gpu, seq_lens_np, input_batch.seq_lens, slot_mappings)
+        self.pruner.begin(input_batch)
+        for layer in sorted({job.layer for job in self.pruner.jobs if job.layer is not None}):
+            start, rows, removed = self.pruner.shortened(query_start, layer)
+            slots = slot_mappings[:, torch.from_numpy(rows).to(self.device, non_blocking=True)]
+            start_gpu = torch.from_numpy(start).to(self.device, non_blocking=True)
+            lens = seq_lens_np - torch.from_numpy(removed)
+            lens_gpu = input_batch.seq_lens[:num_reqs] - torch.from_numpy(removed).to(self.device, non_blocking=True)
+            later = build(start, start_gpu, lens, lens_gpu, slots)
+            names = {x.self_attn.attn.layer_name for x in self.model.model.layers[layer + 1 :]}
+            own = {name: entry for name, entry in later.items() if name in names}
+            metadata.update(own)
+            jobs = [job for job in self.pruner.jobs if job.layer == layer]
+            self.pruner.segments[layer] = Segment(start, own, slots[0], jobs)
+        return metadata
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Our sampler instead of vLLM's; vLLM's buffers stay reachable through it."""

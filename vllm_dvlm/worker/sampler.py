@@ -17,7 +17,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dvlm.denoise.confidence import CONFIDENCE, choose_tokens, forbid, greedy_low_confidence, random_confidence
-from vllm_dvlm.denoise.step import StepOutput, take_step
+from vllm_dvlm.denoise.step import StepOutput, candidates, take_step
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -92,6 +92,10 @@ class DiffusionSampler:
             return self._dummy(hidden_states, input_batch.num_reqs)
         self.state.step = None
         canvases = self.state.canvases.gather(step.idx, step.width)
+        if self.state.pruner.active:
+            # The next step of a request that prunes now starts in the shorter sequence.
+            lengths = [(s.pruned_plan if prunes else s.plan).prompt_len for s, prunes in step.pruning()]
+            canvases.prompt_len = torch.tensor(lengths).to(canvases.prompt_len.device, non_blocking=True)
         proposals = self._propose(step, canvases.tokens, hidden_states)
         out = take_step(
             canvases,
@@ -103,6 +107,9 @@ class DiffusionSampler:
         )
         self.state.canvases.scatter(step.idx, out.canvases)
         logprobs = self._collect_logprobs(step, proposals, out)
+        if self.state.pruner.active:
+            still_masked, _ = candidates(out.canvases, self.mask_token_id)
+            self.state.pruner.complete(still_masked, out)
         self._record_traces(step, proposals, out)
         for slot in step.slots:
             slot.num_steps += 1
@@ -277,16 +284,21 @@ class DiffusionSampler:
             if slot.trace is None:
                 continue
             positions = out.committed[request].nonzero()[:, 0]
-            before = self.state.canvases
+            canvases, req_idx = self.state.canvases, step.req_idx[request]
             slot.trace.record_step(
                 positions=positions.tolist(),
                 token_ids=proposals.tokens[request, positions].tolist(),
                 confidence=proposals.confidence[request, positions].tolist(),
                 query_len=int(step.query_len[request]),
                 kv_len=int(step.kv_len[request]),
-                kv_blocks=self.state.num_kv_blocks(step.req_idx[request]),
-                after=before.position(step.req_idx[request]),
+                kv_blocks=self.state.num_kv_blocks(req_idx),
+                after=canvases.position(req_idx),
             )
+            # An engine without further work does not tell its worker that a request is over, so what the worker can
+            # see for itself is written at once; aborts and stop strings follow with the next step.
+            emitted = canvases.position(req_idx).num_emitted
+            if out.finished[request] or emitted >= slot.params.max_new_tokens(slot.plan.suffix_len):
+                slot.trace.write(canvases.tokens_np(req_idx), int(out.canvases.stop[request]))
 
 
 def _is_plain(slot: RequestSlot) -> bool:

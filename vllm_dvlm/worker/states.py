@@ -47,6 +47,8 @@ class RequestSlot:
     """What the worker knows of one request beside its row of integers.
 
     prompt_embeds: [prompt, hidden] merged prompt embeddings, filled in the first step (set by model_state).
+    pruned_plan: the course after pruning, until that has happened.
+    rope_positions: [prompt + canvas + suffix] int64 rotary positions, where they differ from the cache positions.
     noise_seed: seeds the request's noise together with the step number; None at temperature 0 without need of noise.
     logprobs: per canvas position (token ids [K + 1], logprobs [K + 1], rank), written when the position is unmasked.
     """
@@ -59,7 +61,9 @@ class RequestSlot:
     visual_spans: list[VisualSpan]
     stop_token_ids: tuple[int, ...]
     noise_seed: int
+    pruned_plan: Plan | None = None
     num_steps: int = 0
+    rope_positions: torch.Tensor | None = None
     prompt_embeds: torch.Tensor | None = None
     logprobs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     trace: TraceRecorder | None = None

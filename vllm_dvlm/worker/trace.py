@@ -19,6 +19,7 @@ from vllm import envs
 from vllm_dvlm.terms import Position, forward_flops
 
 if TYPE_CHECKING:
+    from vllm_dvlm.worker.pruning import PruneJob
     from vllm_dvlm.worker.states import RequestSlot
 
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
@@ -55,6 +56,8 @@ class TraceRecorder:
             "visual_spans": [[s.start, s.end] for s in slot.visual_spans],
         }
         self.steps: list[dict[str, Any]] = []
+        self.pruning: dict[str, Any] | None = None
+        self.importance: np.ndarray | None = None
         self.flops = 0
 
     def record_step(
@@ -91,6 +94,22 @@ class TraceRecorder:
         self.flops += forward_flops(self.hf_config, query_len, kv_len)
         self.position = after
 
+    def record_pruning(self, job: PruneJob, kv_blocks_before: int, kv_blocks_after: int) -> None:
+        """Add what was pruned after the step that is recorded next."""
+        options = job.slot.params.options
+        self.pruning = {
+            "method": options.prune_method,
+            "layer": None if job.layer is None else job.layer + 1,
+            "num_visual": len(job.visual),
+            "keep_count": len(job.kept),
+            "kept_local_indices": job.kept.tolist(),
+            "positions": options.prune_positions,
+            "kv_blocks_before": kv_blocks_before,
+            "kv_blocks_after": kv_blocks_after,
+        }
+        self.importance = job.importance.float().cpu().numpy()
+        self.plan = job.slot.plan
+
     def write(self, tokens: np.ndarray, stop: int) -> None:
         """Write the file in one piece. tokens: [canvas | suffix | unused] int64; stop: canvas position or -1."""
         canvas_len, suffix_len = self.plan.canvas_len, self.plan.suffix_len
@@ -98,7 +117,7 @@ class TraceRecorder:
         data = {
             **self.header,
             "steps": self.steps,
-            "pruning": None,
+            "pruning": self.pruning,
             "final_ids": final,
             "stopped_at": stop if stop >= 0 else None,
             "num_forward_passes": len(self.steps),
@@ -108,3 +127,5 @@ class TraceRecorder:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(data))
         temporary.replace(self.path)
+        if self.importance is not None:
+            np.savez(self.path.with_suffix(".npz"), importance=self.importance)

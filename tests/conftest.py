@@ -1,0 +1,45 @@
+"""Fixtures that several folders of tests share. Nothing heavy is imported before a fixture is used."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """``checkpoint(seed=0, ...)``: folder of the tiny golden checkpoint with these build arguments, built once."""
+    from tests import tiny_checkpoint
+
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def build(**build_args) -> Path:
+        return tiny_checkpoint.checkpoint(root, **build_args)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint, tmp_path_factory):
+    """One in-process engine for a module: tests.engine.engines.Engine.
+
+    Not for the whole session: vLLM's process groups are global, and other modules make their own.
+    """
+    from tests.engine.engines import Engine
+
+    made = Engine(checkpoint, tmp_path_factory.mktemp("traces"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint):
+    """``reference(seed=0, ...)``: the dense model of that checkpoint, in float32 (vllm_dvlm.bench.reference)."""
+    import functools
+
+    from vllm_dvlm.bench.reference.model import ReferenceModel
+
+    @functools.lru_cache(maxsize=3)
+    def load(build_args):
+        return ReferenceModel.load(checkpoint(**dict(build_args)))
+
+    return lambda **build_args: load(tuple(sorted(build_args.items())))

@@ -1,0 +1,247 @@
+"""What a request or a start-up may get wrong: each is one ValueError that names the parameter and the remedy.
+
+The front end is vLLM's own (renderer and InputProcessor), which ``LLM`` and the server both use; no engine runs here.
+Over HTTP: test_server.py.
+"""
+
+import io
+
+import pytest
+from PIL import Image
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import interface
+from vllm.renderers.registry import renderer_from_config
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine import input_processor
+
+from tests.golden import cases
+from vllm_dvlm.admission import PROMPT_LIMITS_KEY
+from vllm_dvlm.errors import InvalidRequest
+from vllm_dvlm.patches.vllm import p002_validate_request
+
+MAX_MODEL_LEN = 2048
+MAX_CANVAS = 64
+SERVER = {"max_canvas_length": MAX_CANVAS, "max_image_tiles": 5}
+
+
+def engine_config(checkpoint, **changes):
+    values = {"max_model_len": MAX_MODEL_LEN, "additional_config": {"dvlm": SERVER}} | changes
+    return EngineArgs(model=str(checkpoint(seed=0)), **values).create_engine_config()
+
+
+class FrontEnd:
+    """A request's way from the user to the engine, which it does not enter."""
+
+    def __init__(self, config):
+        self.renderer = renderer_from_config(config)
+        self.processor = input_processor.InputProcessor(config, self.renderer)
+
+    def send(self, prompt=None, **params):
+        params = {"max_tokens": 16, "temperature": 0} | params
+        (engine_input,) = self.renderer.render_cmpl([prompt or {"prompt": "Hello there"}])
+        return self.processor.process_inputs("r", engine_input, SamplingParams(**params), ("generate",))
+
+
+@pytest.fixture(scope="module")
+def front_end(checkpoint):
+    made = FrontEnd(engine_config(checkpoint))
+    yield made
+    made.renderer.shutdown()
+
+
+def refused(front_end, match, prompt=None, **params):
+    with pytest.raises(ValueError, match=match) as caught:
+        front_end.send(prompt, **params)
+    assert isinstance(caught.value, VLLMValidationError), "HTTP 400"
+    return caught.value
+
+
+def with_image(*images, text="<image>\nHi"):
+    return {"prompt": text, "multi_modal_data": {"image": list(images)}}
+
+
+def small_image():
+    return Image.new("RGB", (97, 61))
+
+
+def test_good_requests_pass(front_end):
+    assert front_end.send().prompt_token_ids
+    request = front_end.send(with_image(small_image()), stop=["x"], logprobs=3, seed=1, ignore_eos=True)
+    assert len(request.prompt_token_ids) > 1000
+    assert not request.sampling_params.extra_args, "nothing of ours travels to the engine"
+    options = {"diffusion_block_length": 8, "diffusion_max_steps": 8, "diffusion_suffix": " The end."}
+    assert front_end.send(extra_args=options).sampling_params.extra_args == options
+    assert front_end.send(max_tokens=None).sampling_params.max_tokens > MAX_CANVAS
+
+
+OPTIONS = [
+    ({"diffusion_steps": 4}, "diffusion_steps is not a known option; did you mean diffusion_"),
+    ({"diffusion_max_stepss": 4}, "did you mean diffusion_max_steps"),
+    ({"keep_ratio": 0.5}, "keep_ratio is not a known option; did you mean prune_keep_ratio"),
+    ({"diffusion_canvas_length": "16"}, "diffusion_canvas_length must be an integer"),
+    ({"diffusion_canvas_length": 0}, "diffusion_canvas_length must be an integer ≥ 1"),
+    ({"diffusion_canvas_length": MAX_CANVAS + 1}, "diffusion_canvas_length 65 is larger.*max_canvas_length 64"),
+    ({"diffusion_canvas_length": 16, "diffusion_block_length": 5}, "diffusion_block_length 5 does not divide"),
+    ({"diffusion_block_length": MAX_CANVAS + 1}, "diffusion_block_length 65 is larger"),
+    ({"diffusion_block_length": [8]}, "diffusion_block_length must be an integer"),
+    ({"diffusion_block_length": 8, "diffusion_max_steps": 3}, "diffusion_max_steps 3 must be a multiple"),
+    ({"diffusion_max_steps": 1.5}, "diffusion_max_steps must be an integer"),
+    ({"diffusion_remasking": "low_confidense"}, "diffusion_remasking must be one of.*did you mean 'low_confidence'"),
+    ({"diffusion_remasking": 1}, "diffusion_remasking must be one of"),
+    ({"diffusion_threshold": 0}, "diffusion_threshold must be a number > 0"),
+    ({"diffusion_threshold": "1"}, "diffusion_threshold must be a number > 0"),
+    ({"diffusion_threshold": float("nan")}, "diffusion_threshold must be a number > 0"),
+    ({"diffusion_refresh_interval": 0}, "diffusion_refresh_interval must be an integer ≥ 1"),
+    ({"diffusion_schedule": "cosine"}, "diffusion_schedule.*use 'uniform'"),
+    ({"diffusion_schedule_shift": 3.0}, "diffusion_schedule.*use 'uniform'"),
+    ({"diffusion_cfg_scale": 0.5}, "diffusion_cfg_scale.*not supported"),
+    ({"diffusion_suffix": 5}, "diffusion_suffix must be text"),
+    ({"diffusion_suffix": "a<|mdm_mask|>"}, "diffusion_suffix must not contain the mask token"),
+    ({"diffusion_suffix": " word" * MAX_CANVAS}, "canvas and suffix together exceed.*diffusion_suffix"),
+    ({"diffusion_stream": "provisional"}, "diffusion_stream"),
+    ({"diffusion_trace": 2}, "diffusion_trace must be 0 or 1"),
+    ({"diffusion_trace": 1}, "diffusion_trace: this server writes no traces.*trace_dir"),
+    ({"prune_keep_ratio": 1.5}, "prune_keep_ratio must be a number in"),
+    ({"_dvlm_resume": 1}, "_dvlm_resume is not an option"),
+]
+
+
+@pytest.mark.parametrize(("options", "match"), OPTIONS, ids=lambda value: str(value)[:40])
+def test_bad_option(front_end, options, match):
+    error = refused(front_end, match, extra_args=options)
+    assert isinstance(error, InvalidRequest)
+    # One of the options at fault is named in the field that OpenAI clients read.
+    assert error.parameter.split("_")[0] in " ".join(options)
+
+
+PARAMETERS = [
+    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"repetition_penalty": 1.2}, "repetition_penalty"),
+    ({"top_p": 0.9, "temperature": 1}, "top_p"),
+    ({"top_k": 5, "temperature": 1}, "top_k"),
+    ({"min_p": 0.1, "temperature": 1}, "min_p"),
+    ({"min_tokens": 3}, "min_tokens"),
+    ({"logit_bias": {5: 1.0}}, "logit_bias"),
+    ({"allowed_token_ids": [5, 6]}, "allowed_token_ids"),
+    ({"bad_words": ["photo"]}, "bad_words"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"logprob_token_ids": [5], "logprobs": 1}, "logprob_token_ids"),
+    ({"structured_outputs": StructuredOutputsParams(json={"type": "object"})}, "structured_outputs"),
+]
+
+
+@pytest.mark.parametrize(("params", "name"), PARAMETERS, ids=[name for _, name in PARAMETERS])
+def test_unsupported_sampling_parameter(front_end, params, name):
+    error = refused(front_end, name, **params)
+    assert error.parameter == name
+
+
+def test_beam_search(front_end):
+    """The parameters are those of vllm/entrypoints/generate/beam_search; its prompts bypass the renderer."""
+    params = SamplingParams(logprobs=4, max_tokens=1, temperature=0, watermarking=False, detokenize=False)
+    with pytest.raises(ValueError, match="use_beam_search"):
+        front_end.processor.process_inputs(
+            "r", {"type": "token", "prompt_token_ids": [5, 6]}, params, ("generate",)
+        )
+
+
+def test_prompt_and_canvas_must_fit(front_end):
+    room = MAX_MODEL_LEN - 40
+    assert front_end.send({"prompt_token_ids": [300] * room}, max_tokens=40)
+    refused(front_end, f"prompt of {room}, canvas of 41.*{MAX_MODEL_LEN} positions",
+            {"prompt_token_ids": [300] * room}, max_tokens=41)  # fmt: skip
+    refused(front_end, "canvas of 64", {"prompt_token_ids": [300] * room},
+            extra_args={"diffusion_canvas_length": 64})  # fmt: skip
+    # Without max_tokens the canvas is cut to what is left.
+    assert front_end.send({"prompt_token_ids": [300] * room}, max_tokens=None)
+    refused(front_end, "maximum.*length", {"prompt_token_ids": [300] * (MAX_MODEL_LEN + 1)})
+    refused(front_end, "positions|maximum", {"prompt_token_ids": [300] * MAX_MODEL_LEN})
+
+
+def test_bad_prompts(front_end):
+    refused(front_end, "mask token", {"prompt": "a <|mdm_mask|> b"})
+    refused(front_end, "at least one token|empty", {"prompt_token_ids": []})
+    refused(front_end, "out of vocabulary", {"prompt_token_ids": [10**6]})
+
+
+def test_bad_images(front_end):
+    refused(front_end, "exactly once per image", with_image(small_image(), small_image()))
+    refused(front_end, "exactly once per image", with_image(small_image(), text="<image> <image>"))
+    refused(front_end, "exactly once per image", {"prompt": "<image>\nHi"})
+    refused(front_end, "needs 21 tiles.*max_image_tiles", with_image(Image.new("RGB", (1600, 1200))))
+    data = io.BytesIO()
+    Image.effect_noise((97, 61), 50).save(data, "png")
+    cut = Image.open(io.BytesIO(data.getvalue()[: len(data.getvalue()) // 2]))
+    refused(front_end, "cannot be read", with_image(cut))
+    # The same image is good afterwards.
+    assert front_end.send(with_image(small_image()))
+
+
+def test_request_of_another_model_passes(front_end):
+    """Only parameters that vLLM has just shown to our validator belong to one of our models."""
+    engine_input = front_end.renderer.render_cmpl([{"prompt": "Hi"}])[0]
+    params = SamplingParams(top_p=0.5)
+    input_processor.current_platform.validate_request(engine_input, params)
+    with pytest.raises(ValueError, match="top_p"):
+        front_end.processor.process_inputs("r", engine_input, params, ("generate",))
+    input_processor.current_platform.validate_request(engine_input, params)
+
+
+def test_same_checks_on_other_platforms(front_end, monkeypatch):
+    """A platform that inherits vLLM's empty method, as CUDA does, checks through the patch."""
+    long = {"prompt_token_ids": [300] * (MAX_MODEL_LEN - 40)}
+    monkeypatch.setattr(input_processor, "current_platform", interface.UnspecifiedPlatform())
+    assert front_end.send(long, max_tokens=41), "nothing is checked without the patch"
+    original = vars(interface.Platform)["validate_request"]
+    monkeypatch.setattr(interface.Platform, "validate_request", original)  # restored after the test
+    p002_validate_request.install()
+    refused(front_end, "positions", long, max_tokens=41)
+    refused(front_end, "top_p", top_p=0.5, temperature=1)
+    assert front_end.send(long, max_tokens=40)
+
+
+def test_chat_and_async_prompts_are_checked_too(front_end):
+    import asyncio
+
+    from vllm.renderers import ChatParams
+
+    renderer = front_end.renderer
+    conversation = [[{"role": "user", "content": "Hi"}]]
+    inputs = [
+        renderer.render_chat(conversation, ChatParams())[1][0],
+        asyncio.run(renderer.render_chat_async(conversation, ChatParams()))[1][0],
+        asyncio.run(renderer.render_cmpl_async([with_image(small_image())]))[0],
+    ]
+    for engine_input in inputs:
+        assert engine_input[PROMPT_LIMITS_KEY] is renderer.prompt_limits
+    assert renderer.prompt_limits.mask_token_id in cases.load("k1_mask_token_predicted").final_ids
+
+
+START_UP = [
+    ({"pipeline_parallel_size": 2}, "pipeline parallelism: use --tensor-parallel-size"),
+    ({"enable_lora": True}, "LoRA"),
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, "speculative"),
+    ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv-transfer"),
+    ({"enable_prompt_embeds": True}, "prompt-embeds"),
+    ({"async_scheduling": True}, "async-scheduling"),
+    ({"tokenizer_mode": "slow"}, "tokenizer"),
+    ({"additional_config": {"dvlm": {"max_canvas_lenght": 5}}}, "max_canvas_lenght.*did you mean max_canvas_length"),
+    ({"additional_config": {"dvlm": {"max_canvas_length": "5"}}}, "max_canvas_length must be an integer"),
+    ({"additional_config": {"dvlm": {"diffusion_remasking": "x"}}}, "diffusion_remasking must be one of"),
+    ({"additional_config": {"dvlm": 5}}, "must be an object"),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), START_UP, ids=lambda value: str(value)[:40])
+def test_refused_at_start_up(checkpoint, changes, match):
+    with pytest.raises(ValueError, match=match):
+        engine_config(checkpoint, **changes)
+
+
+def test_model_runner_v1_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
+        engine_config(checkpoint)

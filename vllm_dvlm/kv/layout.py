@@ -1,0 +1,71 @@
+"""Where a token's key and value lie inside a KV page.
+
+GPU backends keep a page as [heads, block, 2 * head size], key then value in the last dimension. The CPU backend packs
+pages by instruction set (float32: keys transposed, bfloat16 with AMX: in tiles), so there the layout is not assumed
+but probed: numbered rows are written through vLLM's own operator into one page and read back.
+
+B = block size, H = KV heads, D = head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Flat offsets inside one head's page of 2 * B * D elements.
+
+    key, value: [B, D] int64, offset of channel d of the token in place b.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def plain_layout(block_size: int, head_size: int, device: torch.device) -> PageLayout:
+    """[block, 2 * head size], key then value: the layout of the GPU backends."""
+    base = torch.arange(block_size, device=device)[:, None] * 2 * head_size
+    channel = torch.arange(head_size, device=device)
+    return PageLayout(base + channel, base + head_size + channel)
+
+
+@lru_cache(maxsize=8)
+def probe_cpu_layout(block_size: int, head_size: int, isa: str, dtype: torch.dtype) -> PageLayout:
+    """The CPU backend's layout, found by writing numbers and looking where they went.
+
+    Args:
+        block_size, head_size: of the page.
+        isa: the layer's instruction set (``layer.isa``).
+        dtype: of the cache; bfloat16 holds integers exactly up to 256 only, hence digits to the base 128.
+
+    Raises:
+        RuntimeError: the numbers do not come back as a permutation, so the page holds something else than rows.
+    """
+    from vllm import _custom_ops as ops
+
+    num = block_size * head_size
+    base = 128
+    digits = 1
+    while base**digits < 2 * num:
+        digits += 1
+    found = torch.zeros(2 * num, dtype=torch.int64)
+    numbers = torch.arange(2 * num)
+    for digit in range(digits):
+        values = (numbers // base**digit % base).to(dtype)
+        page = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
+        key_cache, value_cache = page.chunk(2, dim=2)
+        key, value = values.view(2, block_size, 1, head_size)
+        slots = torch.arange(block_size)
+        ops.cpu_attn_reshape_and_cache(
+            key, value, key_cache, value_cache, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+        )
+        found += page.flatten().long() * base**digit
+    if not torch.equal(found.sort().values, numbers):
+        raise RuntimeError(f"the CPU attention kernels' KV page layout ({isa}, {dtype}) is not a permutation of rows")
+    offsets = found.argsort()
+    key, value = offsets.view(2, block_size, head_size)
+    return PageLayout(key, value)

@@ -1,0 +1,50 @@
+"""The ``Pruner`` interface and the step view it is given.
+
+C = canvas positions, N = visual tokens of one request (all images together), D = hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a method may look at, for one request, after the commit of the first denoising step.
+
+    Attention is the probability after softmax over the whole sequence, averaged over the heads of all ranks and over
+    the layers that the method asked for; the parts that it did not ask for are None.
+    """
+
+    attention: torch.Tensor | None  # [C, N] float32, rows are canvas positions
+    prompt_attention: torch.Tensor | None  # [N] float32, summed over the text rows of the prompt
+    visual_attention: torch.Tensor | None  # [N] float32, summed over the visual rows of the prompt
+    num_prompt_rows: int  # text rows of the prompt
+    is_masked: torch.Tensor  # [C] bool, still masked after the commit
+    is_committed: torch.Tensor  # [C] bool, unmasked in this step
+    visual_embeds: torch.Tensor  # [N, D], embeddings as they entered the first layer
+    seed: int  # of the request, the same on every rank
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """One pruning method. Subclasses are frozen dataclasses; their fields are the method's knobs.
+
+    reads: 'none' needs no attention, 'canvas' the rows of the canvas, 'prompt' also those of the prompt.
+    at_layer: True if the method prunes inside the first step, after layer ``prune_layer``, from that layer's
+        attention alone; False if it prunes after the step, from the attention of all layers.
+    """
+
+    at_layer: ClassVar[bool] = False
+
+    @property
+    def reads(self) -> Literal["none", "canvas", "prompt"]:
+        """Attention rows that the method needs."""
+        return "none"
+
+    def importance(self, view: StepView) -> torch.Tensor:
+        """Importance per visual token, [N] float32, higher is kept; ties go to the lower index."""
+        raise NotImplementedError

@@ -1,0 +1,299 @@
+"""Pruning in the step in which it happens: score, select, shorten, compact.
+
+The model calls ``StepPruner`` between its layers; the model state calls it before and after the step. Requests that
+prune are few and prune once, so per-request work here is no matter of the hot path; steps without one pass through
+``active`` alone.
+
+C = canvas positions, N = visual tokens, P = prompt tokens before pruning, K = prompt tokens after it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.forward_context import get_forward_context
+
+from vllm_dvlm.kv.compaction import compact_rows
+from vllm_dvlm.kv.layout import PageLayout, plain_layout, probe_cpu_layout
+from vllm_dvlm.models.probe import attention_to_columns
+from vllm_dvlm.pruning import Pruner, StepView, create
+from vllm_dvlm.pruning.select import kept_prompt_rows, select
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from vllm_dvlm.denoise.step import StepOutput
+    from vllm_dvlm.models.llada import LLaDAAttention
+    from vllm_dvlm.worker.model_state import DiffusionModelState
+    from vllm_dvlm.worker.states import RequestSlot
+
+
+@dataclass
+class PruneJob:
+    """One request that prunes in this step.
+
+    first: row of the request's first token in the layers that run now (moves when another request is shortened).
+    canvas / text_sum / visual_sum: attention summed over layers and heads; see ``StepView``.
+    kept: indices of the survivors among the visual tokens, ascending, once they are chosen.
+    """
+
+    slot: RequestSlot
+    batch_index: int
+    req_idx: int
+    pruner: Pruner
+    layer: int | None
+    first: int
+    visual: torch.Tensor
+    text: torch.Tensor
+    canvas: torch.Tensor
+    text_sum: torch.Tensor
+    visual_sum: torch.Tensor
+    num_observed: int = 0
+    kept: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+
+
+@dataclass
+class Segment:
+    """Layers behind one that shortens requests: their metadata, slots and rows.
+
+    query_start: [requests + 1] first row of each request behind the layer. host.
+    metadata: layer name to attention metadata.
+    slots: slot mapping of the remaining rows.
+    """
+
+    query_start: np.ndarray
+    metadata: dict[str, Any]
+    slots: torch.Tensor
+    jobs: list[PruneJob] = field(default_factory=list)
+
+
+class StepPruner:
+    """The pruning jobs of the current step. One per worker, shared by model and model state."""
+
+    def __init__(self, state: DiffusionModelState) -> None:
+        self.state = state
+        self.jobs: list[PruneJob] = []
+        self.segments: dict[int, Segment] = {}
+        self._rows: torch.Tensor | None = None
+        self._num_rows = 0
+        self._layouts: dict[str, PageLayout] = {}
+        self.last_ms = 0.0
+
+    @property
+    def active(self) -> bool:
+        """True in a step in which a request prunes."""
+        return bool(self.jobs)
+
+    # -- before the forward pass -------------------------------------------------------------------------------
+
+    def begin(self, input_batch: InputBatch) -> None:
+        """Find the requests of the batch that prune in this step."""
+        self.jobs = []
+        self.segments = {}
+        self._rows = None
+        for b, req_idx in enumerate(input_batch.idx_mapping_np.tolist()):
+            slot = self.state.slots.get(req_idx)
+            if slot is None or slot.pruned_plan is None or slot.num_steps > 0:
+                continue
+            self.jobs.append(self._job(slot, b, req_idx, int(input_batch.query_start_loc_np[b])))
+
+    def shortened(self, query_start: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The batch's rows behind ``layer``. query_start: [requests + 1] int32 rows before any shortening.
+
+        Returns:
+            (query_start behind the layer [requests + 1] int32, original rows whose KV slots are used, tokens removed
+            per request [requests] int32). A shortened request writes to the first slots of its own, so behind the
+            layer its KV lies where compaction would move it.
+        """
+        removed = np.zeros(len(query_start) - 1, dtype=np.int32)
+        for job in self.jobs:
+            if job.layer is not None and job.layer <= layer:
+                removed[job.batch_index] = job.slot.plan.total_len - job.slot.pruned_plan.total_len
+        lengths = np.diff(query_start) - removed
+        start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        rows = np.concatenate([q + np.arange(n) for q, n in zip(query_start[:-1], lengths, strict=True)])
+        return start, rows, removed
+
+    def _job(self, slot: RequestSlot, batch_index: int, req_idx: int, first: int) -> PruneJob:
+        device = self.state.device
+        options = slot.params.options
+        visual = np.concatenate([np.arange(s.start, s.end) for s in slot.visual_spans])
+        text = np.setdiff1d(np.arange(slot.plan.prompt_len), visual)
+        pruner = create(options.prune_method, options.prune_rows)
+        num = len(visual)
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=device)  # noqa: E731
+        layer = None
+        if pruner.at_layer:
+            # prune_layer counts layers from 1; inside they count from 0.
+            layer = (options.prune_layer or self.state.num_layers // 2) - 1
+        return PruneJob(
+            slot,
+            batch_index,
+            req_idx,
+            pruner,
+            layer,
+            first,
+            torch.from_numpy(visual).to(device, non_blocking=True),
+            torch.from_numpy(text).to(device, non_blocking=True),
+            zeros(slot.plan.canvas_len, num),
+            zeros(num),
+            zeros(num),
+        )
+
+    # -- inside the forward pass -------------------------------------------------------------------------------
+
+    def observe(self, layer: int, attention: LLaDAAttention, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Add up what a layer's attention says. query, key: [tokens, heads * head size] after rotary embedding."""
+        for job in self.jobs:
+            if job.pruner.reads == "none" or (job.layer is not None and job.layer != layer):
+                continue
+            plan = job.slot.plan
+            # Another request may have been shortened; this one is whole as long as its own layer has not come.
+            q = query.view(query.shape[0], -1, attention.head_dim)[job.first : job.first + plan.total_len]
+            k = key.view(key.shape[0], -1, attention.head_dim)[job.first : job.first + plan.total_len]
+            scale = attention.head_dim**-0.5
+            canvas = slice(plan.prompt_len, plan.prompt_len + plan.canvas_len)
+            attention_to_columns(q[canvas], k, scale, job.visual, job.canvas)
+            if job.pruner.reads == "prompt":
+                for rows, total in ((job.text, job.text_sum), (job.visual, job.visual_sum)):
+                    for chunk in rows.split(256):
+                        part = total.new_zeros(len(chunk), len(total))
+                        attention_to_columns(q[chunk], k, scale, job.visual, part)
+                        total += part.sum(dim=0)
+            job.num_observed += 1
+
+    def after_layer(
+        self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Shorten the requests that prune at this layer. positions: [rows]; hidden, residual: [rows, hidden size]."""
+        segment = self.segments.get(layer)
+        if segment is None:
+            return positions, hidden, residual
+        if self._rows is None:
+            self._num_rows = hidden.shape[0]
+            self._rows = torch.arange(hidden.shape[0], device=hidden.device)
+        keep = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for job in segment.jobs:
+            # Inside the step every canvas row is masked and none committed.
+            masked = torch.ones(job.slot.plan.canvas_len, dtype=torch.bool, device=hidden.device)
+            self._choose(job, masked, ~masked)
+            span = keep[job.first : job.first + job.slot.plan.prompt_len]
+            span[job.visual] = False
+            span[job.visual[job.kept]] = True
+        # The number of survivors is known on the host, so the indices come without waiting for the device.
+        num_kept = int(segment.query_start[-1])
+        index = torch.sort(keep.to(torch.int8), descending=True, stable=True).indices[:num_kept]
+        self._rows = self._rows[index]
+        positions, hidden, residual = positions[index], hidden[index], residual[index]
+        for job in self.jobs:
+            job.first = int(segment.query_start[job.batch_index])
+        for job in segment.jobs:
+            if job.slot.params.options.prune_positions == "renumber":
+                length = job.slot.pruned_plan.total_len
+                positions[job.first : job.first + length] = torch.arange(length, device=positions.device)
+        context = get_forward_context()
+        for name in segment.metadata:
+            context.slot_mapping[name] = segment.slots
+        return positions, hidden, residual
+
+    def finish_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Back to one row per scheduled token; rows of dropped tokens are zero and read by nobody."""
+        if self._rows is None:
+            return hidden
+        out = hidden.new_zeros(self._num_rows, hidden.shape[1])
+        out[self._rows] = hidden
+        self._rows = None
+        return out
+
+    # -- after the commit --------------------------------------------------------------------------------------
+
+    def complete(self, masked: torch.Tensor, out: StepOutput) -> None:
+        """Choose what is left to choose, then shorten every request that pruned.
+
+        Args:
+            masked: [R, W] bool, canvas positions still masked after the step.
+            out: the step's result; rows are the batch's requests.
+        """
+        if not self.jobs:
+            return
+        started = time.perf_counter()
+        for job in self.jobs:
+            canvas_len = job.slot.plan.canvas_len
+            if job.kept is None:
+                row = job.batch_index
+                self._choose(job, masked[row, :canvas_len], out.committed[row, :canvas_len])
+            self._shorten(job)
+        self.jobs = []
+        self.last_ms = (time.perf_counter() - started) * 1e3
+
+    def _choose(self, job: PruneJob, masked: torch.Tensor, committed: torch.Tensor) -> None:
+        num_scores = job.num_observed * self.state.num_heads
+        reads = job.pruner.reads
+        gather = self._sum_over_ranks
+        view = StepView(
+            attention=gather(job.canvas) / num_scores if reads != "none" else None,
+            prompt_attention=gather(job.text_sum) / num_scores if reads == "prompt" else None,
+            visual_attention=gather(job.visual_sum) / num_scores if reads == "prompt" else None,
+            num_prompt_rows=len(job.text),
+            is_masked=masked,
+            is_committed=committed,
+            visual_embeds=job.slot.prompt_embeds[job.visual],
+            seed=job.slot.noise_seed,
+        )
+        job.importance = job.pruner.importance(view)
+        keep_count = len(job.visual) - (job.slot.plan.prompt_len - job.slot.pruned_plan.prompt_len)
+        job.kept = select(job.importance, keep_count)
+
+    @staticmethod
+    def _sum_over_ranks(total: torch.Tensor) -> torch.Tensor:
+        """Sum of the ranks' head sums, in rank order on every rank: an all-reduce may differ in the last bit."""
+        if get_tensor_model_parallel_world_size() == 1:
+            return total
+        return tensor_model_parallel_all_gather(total[None].contiguous(), 0).sum(0)
+
+    def _shorten(self, job: PruneJob) -> None:
+        """From here on the prompt *is* the kept tokens, on this side as on the scheduler's."""
+        slot = job.slot
+        before, after = slot.plan, slot.pruned_plan
+        rows = kept_prompt_rows(before.prompt_len, job.visual, job.kept, job.text)
+        slot.prompt_embeds = slot.prompt_embeds[rows]
+        keeps_angles = slot.params.options.prune_positions == "keep"
+        if keeps_angles:
+            tail = torch.arange(before.prompt_len, before.total_len, device=rows.device)
+            slot.rope_positions = torch.cat([rows, tail])
+        tables = self.state.block_tables
+        blocks_before = self.state.num_kv_blocks(job.req_idx)
+        if before.refresh_interval > 1:
+            self._compact(job, rows, rotate=not keeps_angles)
+        for group, size in enumerate(tables.block_sizes):
+            tables.num_blocks.np[group, job.req_idx] = -(-after.total_len // size)
+        slot.plan, slot.pruned_plan = after, None
+        if slot.trace is not None:
+            slot.trace.record_pruning(job, blocks_before, self.state.num_kv_blocks(job.req_idx))
+
+    def _compact(self, job: PruneJob, rows: torch.Tensor, rotate: bool) -> None:
+        """Move the kept KV rows together in every layer that has computed the whole prompt."""
+        block_ids = self.state.block_tables.block_tables[0].gpu[job.req_idx]
+        last = self.state.num_layers if job.layer is None else job.layer + 1
+        for layer in self.state.model.model.layers[:last]:
+            attention = layer.self_attn
+            table = attention.rotary_emb.cos_sin_cache.to(rows.device) if rotate else None
+            compact_rows(attention.attn.kv_cache, self._layout(attention), block_ids, rows, table)
+
+    def _layout(self, attention: LLaDAAttention) -> PageLayout:
+        layer = attention.attn
+        cache = layer.kv_cache
+        key = layer.layer_name
+        if key not in self._layouts:
+            block_size, head_size = cache.shape[2], attention.padded_dim
+            if cache.is_cpu:
+                self._layouts[key] = probe_cpu_layout(block_size, head_size, layer.isa, cache.dtype)
+            else:
+                self._layouts[key] = plain_layout(block_size, head_size, cache.device)
+        return self._layouts[key]
