@@ -56,8 +56,9 @@ def check_sampling_params(params: SamplingParams, settings: ServerSettings) -> N
     for name, neutral, remedy in _UNSUPPORTED:
         value = getattr(params, name, None)
         if not any(value is n or value == n for n in neutral):
+            shown = f"={value!r}" if isinstance(value, (int, float, str)) else ""
             raise InvalidRequest(
-                f"{name}={value!r} is not supported by masked-diffusion decoding; {remedy}", parameter=name
+                f"{name}{shown} is not supported by masked-diffusion decoding; {remedy}", parameter=name
             )
     if params.logprobs is not None and params.logprobs < 0:
         raise InvalidRequest("logprobs must be at least 0 for masked-diffusion decoding", parameter="logprobs")

@@ -42,6 +42,10 @@ METRICS = {
     "forward_tokens_cached": Metric("forward_tokens_total", _FORWARD, kind="cached"),
     "committed_tokens": Metric("committed_tokens_total", "Tokens handed out to users."),
     "canvas_positions": Metric("canvas_positions_total", "Canvas positions of admitted requests."),
+    "requests_pruned": Metric("requests_pruned_total", "Requests that gave visual tokens away."),
+    "visual_tokens_pruned": Metric("visual_tokens_pruned_total", "Visual tokens dropped while their request lived."),
+    "kv_blocks_freed": Metric("kv_blocks_freed_total", "KV blocks given back while their request lived."),
+    "flops": Metric("flops_total", "Floating point operations of the text layers (a multiply-add counts once)."),
 }
 
 
@@ -60,7 +64,7 @@ class DvlmStatLogger(StatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.counters: dict[str, Counter] = {}
         model_config = vllm_config.model_config
-        if not ARCHITECTURES.intersection(model_config.architectures):
+        if model_config is None or not ARCHITECTURES.intersection(model_config.architectures):
             return
         labels = {"model_name": model_config.served_model_name, "engine": str(engine_index)}
         for key, metric in METRICS.items():

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from vllm_dvlm.pruning.names import ROWS, known_methods
+from vllm_dvlm.pruning.names import AT_LAYER, ROWS, known_methods
 from vllm_dvlm.terms import Plan, pruned_prompt_len, round_up
 
 REMASKING = ("low_confidence", "random", "entropy", "margin")
@@ -89,6 +89,8 @@ class ServerSettings:
     max_canvas_length: largest canvas (suffix included) that a request may ask for.
     max_image_tiles: largest number of tiles of one image; None: no limit beyond the checkpoint's grid.
     trace_dir: folder for traces; None: requests that ask for a trace are refused.
+    fastv_kv_groups: auto: where fastv is the default method and splits the layers evenly, the late layers get their own
+        KV cache group; one: always one group.
     num_layers: layers of the model, filled in by the config hook for the check of ``prune_layer``.
     cpu_dtype: float32 or bfloat16, for CPU hosts only (a GPU follows vLLM's --dtype).
     logits_chunk_bytes: bound on the memory of vocabulary logits held at once; None: chosen by device.
@@ -99,6 +101,7 @@ class ServerSettings:
     max_image_tiles: int | None = None
     trace_dir: str | None = None
     logits_chunk_bytes: int | None = None
+    fastv_kv_groups: str = "auto"
     num_layers: int | None = None
     cpu_dtype: str = "float32"
 
@@ -119,6 +122,8 @@ class ServerSettings:
             if key == "trace_dir":
                 if value is not None and not isinstance(value, str):
                     raise ValueError(f"trace_dir must be a path, not {value!r}")
+            elif key == "fastv_kv_groups":
+                _choice(key, value, ("auto", "one"))
             elif key == "cpu_dtype":
                 _choice(key, value, ("float32", "bfloat16"))
             elif value is None and key in ("max_image_tiles", "logits_chunk_bytes", "num_layers"):
@@ -127,6 +132,17 @@ class ServerSettings:
                 value = _integer(key, value, minimum=1)
             settings = replace(settings, **{key: value})
         return settings
+
+    def late_group_start(self) -> int | None:
+        """Layers before the late KV cache group; None if all layers share one group.
+
+        vLLM pads groups to the same number of layers unless they differ by less than half.
+        """
+        if self.num_layers is None or self.fastv_kv_groups == "one" or self.defaults.prune_method not in AT_LAYER:
+            return None
+        early = self.defaults.prune_layer or max(1, self.num_layers // 2)
+        late = self.num_layers - early
+        return early if min(early, late) > 0 and max(early, late) <= 1.5 * min(early, late) else None
 
     def to_mapping(self) -> dict[str, Any]:
         """Inverse of ``from_additional_config``, without the key ``dvlm``."""
@@ -178,6 +194,12 @@ class ResolvedParams:
             return None
         prompt_len = pruned_prompt_len(plan.prompt_len, num_visual, self.options.prune_keep_ratio)
         return None if prompt_len == plan.prompt_len else replace(plan, prompt_len=prompt_len)
+
+    def prune_after_layers(self, num_layers: int) -> int | None:
+        """Layers of the first step that see the whole prompt; None if all do (the method prunes after the step)."""
+        if self.options.prune_method not in AT_LAYER:
+            return None
+        return self.options.prune_layer or max(1, num_layers // 2)
 
     def max_new_tokens(self, suffix_len: int) -> int:
         """Output tokens after which the request ends."""

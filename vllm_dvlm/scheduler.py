@@ -15,9 +15,10 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dvlm.kv.groups import set_removed
 from vllm_dvlm.kv.release import release_tail
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, check_lengths, resolve
-from vllm_dvlm.terms import Plan, Position, advance, next_query_start
+from vllm_dvlm.terms import Plan, Position, advance, next_query_start, step_flops
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -37,6 +38,7 @@ COUNTERS = (
     "requests_pruned",
     "visual_tokens_pruned",
     "kv_blocks_freed",
+    "flops",
 )
 
 
@@ -49,13 +51,20 @@ class DiffusionRequest(Request):
 
     plan: Plan
     pruned_plan: Plan | None
+    prune_layers: int | None
     position: Position
     needs_encoder: bool
+    report: dict[str, int]
 
-    def start(self, plan: Plan, pruned_plan: Plan | None = None) -> None:
-        """Attach the course of the request, before and after pruning; called once, before the request is queued."""
+    def start(self, plan: Plan, pruned_plan: Plan | None = None, prune_layers: int | None = None) -> None:
+        """Attach the course of the request, before and after pruning; called once, before the request is queued.
+
+        ``report`` is what the reply tells about the request. prune_layers: see ``terms.step_flops``.
+        """
         self.plan = plan
         self.pruned_plan = pruned_plan
+        self.prune_layers = prune_layers
+        self.report = dict.fromkeys(("denoise_steps", "forward_tokens_full", "forward_tokens_cached", "flops"), 0)
         self.position = Position()
         self.needs_encoder = True
 
@@ -85,7 +94,7 @@ class DiffusionScheduler(Scheduler):
         # A step may emit no token at all.
         self.num_sampled_tokens_per_step = 0
         self.settings = ServerSettings.from_additional_config(self.vllm_config.additional_config)
-        self.end_of_turn_token_id = self.vllm_config.model_config.hf_config.end_of_turn_token_id
+        self.hf_config = self.vllm_config.model_config.hf_config
         self.counters: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._rejected: dict[str, str] = {}
@@ -117,11 +126,16 @@ class DiffusionScheduler(Scheduler):
             raise ValueError(problem)
         num_visual = sum(feature.mm_position.length for feature in request.mm_features)
         request.__class__ = DiffusionRequest
-        request.start(plan, resolved.pruned_plan(plan, num_visual))
+        num_layers = self.hf_config.num_hidden_layers
+        request.start(plan, resolved.pruned_plan(plan, num_visual), resolved.prune_after_layers(num_layers))
+        if request.pruned_plan is not None and request.prune_layers == self.settings.late_group_start():
+            removed = plan.total_len - request.pruned_plan.total_len
+            set_removed(self.kv_cache_manager, request.request_id, removed)
+        request.report["visual_tokens_before"] = request.report["visual_tokens_after"] = num_visual
         request.max_tokens = resolved.max_new_tokens(suffix_len)
         if not params.ignore_eos:
             # vLLM knows one end token per tokenizer, <|endoftext|>, which diffusion decoding never produces.
-            params._eos_token_id = self.end_of_turn_token_id
+            params._eos_token_id = self.hf_config.end_of_turn_token_id
         self.counters["canvas_positions"] += plan.canvas_len
 
     def _suffix_len(self, text: str) -> int:
@@ -142,10 +156,15 @@ class DiffusionScheduler(Scheduler):
             request = self.requests[req_id]
             # num_computed_tokens has been moved to the end of the query by now.
             assert request.num_computed_tokens == request.plan.total_len, "a denoising step was truncated"
-            full = num_tokens == request.plan.total_len
-            self.counters["forward_tokens_full" if full else "forward_tokens_cached"] += num_tokens
-        self.counters["denoise_steps"] += len(output.num_scheduled_tokens)
+            self._count_step(request, num_tokens)
         return output
+
+    def _count_step(self, request: DiffusionRequest, num_tokens: int) -> None:
+        kind = "forward_tokens_full" if num_tokens == request.plan.total_len else "forward_tokens_cached"
+        flops = step_flops(self.hf_config, request.plan, num_tokens, request.pruned_plan, request.prune_layers)
+        for name, amount in (("denoise_steps", 1), (kind, num_tokens), ("flops", flops)):
+            self.counters[name] += amount
+            request.report[name] += amount
 
     def _fail_rejected(self) -> None:
         """Take rejected requests out of the queue; ``update_from_output`` reports them as errors."""
@@ -179,13 +198,15 @@ class DiffusionScheduler(Scheduler):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> tuple[list[int], int, int, list[int], list[int]]:
         """vLLM's rule, but a request whose images do not all fit waits instead of running a part of its prompt."""
-        result = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, num_new_tokens, *args, **kwargs
+        # A preempted request that was pruned comes back shorter than its images, which lie in the original prompt.
+        window = max(num_new_tokens, request.num_prompt_tokens)
+        images, end, *rest = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, window, *args, **kwargs
         )
-        if result[1] < num_new_tokens:
+        if end < window:
             budget = args[0] if args else kwargs["encoder_compute_budget"]
             return [], 0, budget, [], []
-        return result
+        return images, num_new_tokens, *rest
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Canvases live on the worker; nothing to take over."""
@@ -215,11 +236,31 @@ class DiffusionScheduler(Scheduler):
 
         The worker has moved the kept rows by now: the step's output is here.
         """
-        self.counters["visual_tokens_pruned"] += request.plan.prompt_len - request.pruned_plan.prompt_len
-        self.counters["requests_pruned"] += 1
+        removed = request.plan.prompt_len - request.pruned_plan.prompt_len
         request.plan, request.pruned_plan = request.pruned_plan, None
+        # From here on the request is counted at its pruned length for all layers.
+        set_removed(self.kv_cache_manager, request.request_id, 0)
+        before = self._num_kv_blocks(request)
         freed = release_tail(self.kv_cache_manager, request.request_id, request.plan.total_len)
+        self.counters["requests_pruned"] += 1
+        self.counters["visual_tokens_pruned"] += removed
         self.counters["kv_blocks_freed"] += freed
+        request.report["visual_tokens_after"] -= removed
+        request.report |= {"kv_blocks_before": before, "kv_blocks_freed": freed, "kv_blocks_after": before - freed}
+
+    def _num_kv_blocks(self, request: Request) -> int:
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        return sum(len(manager.req_to_blocks[request.request_id]) for manager in managers)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Free a request and hand its report to the front end.
+
+        vLLM's replies carry one free-form object from the engine core, ``kv_transfer_params``; these models have no KV
+        transfer, so it is ours.
+        """
+        set_removed(self.kv_cache_manager, request.request_id, 0)
+        super()._free_request(request, *args, **kwargs)
+        return {"dvlm": request.report}, None
 
     def _update_request_with_output(self, *args: Any, **kwargs: Any) -> tuple[list[int], bool]:
         """vLLM's stop check. Counted here, since a step's statistics are made before ``update_from_output`` ends."""

@@ -128,3 +128,20 @@ def forward_flops(config: object, query_len: int, kv_len: int, num_layers: int |
     per_token = (2 + 2 * kv_share) * d * d + 2 * kv_len * d + 3 * d * m
     layers = config.num_hidden_layers if num_layers is None else num_layers  # type: ignore[attr-defined]
     return int(layers * query_len * per_token)
+
+
+def step_flops(config: object, plan: Plan, query_len: int, pruned_plan: Plan | None, layer: int | None) -> int:
+    """Floating point operations of one denoising step.
+
+    Args:
+        config: the checkpoint's config.
+        plan: the course of the request as the step begins.
+        query_len: tokens computed.
+        pruned_plan: its course once pruned, in the step that prunes; else None.
+        layer: layers that run before the request is shortened inside the step; None if it is shortened after it.
+    """
+    if pruned_plan is None or layer is None:
+        return forward_flops(config, query_len, plan.total_len)
+    rest = config.num_hidden_layers - layer  # type: ignore[attr-defined]
+    short = pruned_plan.total_len
+    return forward_flops(config, query_len, plan.total_len, layer) + forward_flops(config, short, short, rest)

@@ -20,7 +20,7 @@ PATCHES = (
         reason="prompt + canvas > max_model_len must be HTTP 400, and no hook for plugins sees the prompt",
         expires="drop when vLLM lets a model or a plugin validate a rendered request",
         fingerprint="462817b5dabe42954dbe498e77d9d0732f20e988eb9171ca76618704b2fe25a8",
-        test="tests/upstream/test_validate_request.py",
+        test="tests/engine/test_errors.py",
         replacement=f"{__name__}:Checks.validate_request",
         # The order of the two calls that ``admission`` relies on stands in these.
         sources=(

@@ -1,5 +1,6 @@
 """A real ``vllm serve`` in a process group of its own, for tests over HTTP."""
 
+import base64
 import json
 import os
 import re
@@ -14,8 +15,13 @@ from typing import Any
 import httpx
 import openai
 
+from tests.golden import cases
+
 VLLM = Path(sys.executable).with_name("vllm")
 MODEL = "tiny"
+# The golden checkpoint whose end-of-turn token took the place of word 714. Cases recorded on the plain checkpoint
+# never commit that word, so this one repeats them, too.
+BUILD_ARGS = {"seed": 0, "eot_like": 714}
 START_UP_S = 240
 STOP_S = 20
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$")
@@ -85,6 +91,13 @@ class Server:
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def send(self, body: dict[str, Any], status: int = 200) -> dict[str, Any]:
+        """The reply to a chat or completion request; AssertionError for another status."""
+        path = "chat/completions" if "messages" in body else "completions"
+        response = self.http.post(f"/v1/{path}", json=body)
+        assert response.status_code == status, response.text
+        return response.json()
+
     # -- metrics -----------------------------------------------------------------------------------------------
 
     def metrics(self, prefix: str = "vllm") -> dict[str, float]:
@@ -107,3 +120,52 @@ class Server:
 
     def wait_idle(self, seconds: float = 20) -> None:
         poll(self.is_idle, seconds, "no request and no KV block left")
+
+
+# -- requests that repeat golden cases ---------------------------------------------------------------------------------
+
+
+def load(name: str) -> cases.Case:
+    """A golden case that the server's checkpoint repeats."""
+    case = cases.load(name)
+    committed = {token for step in case.steps for token in step["ids"]}
+    assert case.build_args == BUILD_ARGS or (case.build_args == {"seed": 0} and BUILD_ARGS["eot_like"] not in committed)
+    return case
+
+
+def image_part(data: bytes) -> dict[str, Any]:
+    """An image of a chat message, as a data URL."""
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(data).decode()}}
+
+
+def chat_of(name: str, **changes: Any) -> dict[str, Any]:
+    """Body of a chat request that repeats a golden case; ``xargs`` among the changes adds options."""
+    case = load(name)
+    # The checkpoint's own template adds no system text; the recorded conversation has one.
+    system = cases.prompt_text(case).split("system<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
+    parts = [image_part((cases.IMAGE_FOLDER / record["file"]).read_bytes()) for record in case.image_records]
+    parts.append({"type": "text", "text": cases.question(case)})
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": parts}]
+    xargs = cases.extra_args(case) | changes.pop("xargs", {})
+    length = case.settings["gen_length"]
+    return {"model": MODEL, "messages": messages, "max_tokens": length, "vllm_xargs": xargs} | changes
+
+
+def completion_of(name: str, **changes: Any) -> dict[str, Any]:
+    """Body of a completion request that repeats a golden case without images, by its token ids."""
+    case = load(name)
+    xargs = cases.extra_args(case) | changes.pop("xargs", {})
+    length = case.settings["gen_length"]
+    return {"model": MODEL, "prompt": case.prompt_ids, "max_tokens": length, "vllm_xargs": xargs} | changes
+
+
+def text_of(reply: dict[str, Any], index: int = 0) -> str:
+    """Text of one choice of either kind of reply."""
+    choice = reply["choices"][index]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+def openai_args(body: dict[str, Any]) -> dict[str, Any]:
+    """The same request for the openai package, which takes vLLM's own fields as extra_body."""
+    ours = {key: body[key] for key in ("vllm_xargs", "ignore_eos", "stop_token_ids") if key in body}
+    return {key: value for key, value in body.items() if key not in ours} | {"extra_body": ours}

@@ -13,9 +13,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import interface
 from vllm.renderers.registry import renderer_from_config
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.engine import input_processor
 
+from tests.engine import engines
 from tests.golden import cases
 from vllm_dvlm.admission import PROMPT_LIMITS_KEY
 from vllm_dvlm.errors import InvalidRequest
@@ -245,3 +246,21 @@ def test_model_runner_v1_is_refused(checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with pytest.raises(ValueError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
         engine_config(checkpoint)
+
+
+def test_offline(engine):
+    """``LLM`` raises ValueError and goes on."""
+    case = cases.load("a1_text_single_block")
+    good = (engines.case_prompt(case), engines.case_params(case))
+    bad = SamplingParams(max_tokens=8, extra_args={"diffusion_stepz": 4})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="diffusion_stepz is not a known option"):
+            engine.llm.generate(good[0], bad, use_tqdm=False)
+        with pytest.raises(ValueError, match="positions"):
+            engine.llm.generate({"prompt_token_ids": [300] * (engines.MAX_MODEL_LEN - 4)}, good[1], use_tqdm=False)
+        with pytest.raises(ValueError, match="use_beam_search"):
+            engine.llm.beam_search([{"prompt": "Hi"}], BeamSearchParams(beam_width=2, max_tokens=4))
+        output = engine.llm.generate(*good, use_tqdm=False)[0].outputs[0]
+        assert list(output.token_ids) == case.final_ids
+    engine.finish()
+    engine.assert_idle()

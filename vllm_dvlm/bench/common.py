@@ -77,11 +77,19 @@ def describe_run(dtype: Any, seed: int, **shapes: Any) -> Row:
 
 @contextlib.contextmanager
 def fixed_threads(num_threads: int | None) -> Iterator[None]:
-    """Run the body with this number of torch threads; None leaves it alone."""
+    """Run the body with this number of torch threads; None leaves it alone.
+
+    RuntimeError if the number cannot be set: beside an engine vLLM has disabled the setting.
+    """
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
+    if num_threads in (None, before):
+        yield
+        return
+    torch.set_num_threads(num_threads)
+    if torch.get_num_threads() != num_threads:
+        raise RuntimeError(f"torch keeps its {before} threads; set OMP_NUM_THREADS={num_threads}.")
     try:
         yield
     finally:
@@ -176,11 +184,12 @@ def report(
     figures: Row,
     description: Row,
     draw: Callable[[Any], None] | None = None,
+    csv_only: Sequence[Row] = (),
 ) -> None:
     """Print table, figures and description; write the files that were asked for.
 
     `figures` keys begin with the number of the figure (N3_exact_batch1_vs_official_loop). Peak
-    memory is added.
+    memory is added. `csv_only` are rows that the table does not show.
     """
     if arguments.png and draw is None:
         raise ValueError("This bench draws nothing: leave --png away.")
@@ -190,7 +199,7 @@ def report(
     for name, value in (figures | description).items():
         print(f"{name}: {_cell(value)}")
     if arguments.csv:
-        write_csv(arguments.csv, rows)
+        write_csv(arguments.csv, [*rows, *csv_only])
     if arguments.json:
         write_json(arguments.json, figures | description)
     if arguments.png and draw is not None:

@@ -53,9 +53,14 @@ class StepOutput:
 
 
 def candidates(state: Canvases, mask_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked positions, and those of them that this step may unmask (point 26). Two [R, C] bool."""
+    """Masked positions among those computed in this step, and those it may unmask (point 26). Two [R, C] bool.
+
+    A cached step computes nothing before its block, so positions left masked there wait for a refresh (point 40).
+    """
     pos = torch.arange(state.tokens.shape[1], device=state.tokens.device)
-    masked = (state.tokens == mask_token_id) & (pos < state.canvas_len[:, None])
+    refresh = state.step_in_block % state.refresh_interval == 0
+    computed = (pos >= torch.where(refresh, 0, state.block_start)[:, None]) & (pos < state.canvas_len[:, None])
+    masked = (state.tokens == mask_token_id) & computed
     limit = torch.where(state.stop >= 0, state.stop, state.block_start + state.block_len)
     return masked, masked & (pos < limit[:, None])
 

@@ -6,9 +6,11 @@ C = canvas positions, N = visual tokens of one request (all images together), D 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+# The front end imports this package to check options; it needs no torch for that.
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,13 @@ class StepView:
 class Pruner:
     """One pruning method. Subclasses are frozen dataclasses; their fields are the method's knobs.
 
-    reads: 'none' needs no attention, 'canvas' the rows of the canvas, 'prompt' also those of the prompt.
-    at_layer: True if the method prunes inside the first step, after layer ``prune_layer``, from that layer's
-        attention alone; False if it prunes after the step, from the attention of all layers.
+    Methods named in ``names.AT_LAYER`` are asked inside the first step, after layer ``prune_layer``, with that layer's
+    attention alone; the others after the step, with the attention of all layers.
     """
-
-    at_layer: ClassVar[bool] = False
 
     @property
     def reads(self) -> Literal["none", "canvas", "prompt"]:
-        """Attention rows that the method needs."""
+        """Attention rows that the method needs: 'none', those of the canvas, or also those of the prompt."""
         return "none"
 
     def importance(self, view: StepView) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -21,7 +21,6 @@ class FastV(Pruner):
     Source: LLaDA-FastV, arXiv 2601.20168 (no code is public); ``rows='last'`` is FastV's own choice.
     """
 
-    at_layer: ClassVar[bool] = True
     rows: str = "masked"
 
     def __post_init__(self) -> None:

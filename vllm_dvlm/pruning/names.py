@@ -19,6 +19,9 @@ METHODS = {
     "diversity": "vllm_dvlm.pruning.diversity:DiversityPruner",
 }
 
+# Methods that prune inside the first step, after layer ``prune_layer``; the others after it.
+AT_LAYER = frozenset({"fastv"})
+
 # Which attention rows score visual tokens: canvas positions still masked after the step's commit, the ones just
 # committed, canvas and text rows of the prompt, every row of the sequence, the last canvas row.
 ROWS = ("masked", "committed", "response_prompt", "all", "last")

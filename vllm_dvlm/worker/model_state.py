@@ -21,11 +21,11 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, resolve
-from vllm_dvlm.terms import VisualSpan, next_query_start
+from vllm_dvlm.terms import VisualSpan, is_refresh, next_query_start
 from vllm_dvlm.worker.pruning import Segment, StepPruner
 from vllm_dvlm.worker.sampler import DiffusionSampler
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
-from vllm_dvlm.worker.trace import TraceRecorder
+from vllm_dvlm.worker.trace import TraceRecorder, describe_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +43,9 @@ logger = init_logger(__name__)
 
 # vLLM's GPU warm-up sends scheduler-like steps for requests of this name; their lengths follow no plan of ours.
 WARMUP_PREFIX = "_warmup_"
+# A stashed request is a few kB. One that was preempted waits at the head of the queue, so thousands of aborts would
+# have to pass it before it is forgotten.
+MAX_STASHED = 4096
 
 
 @dataclass
@@ -88,13 +91,14 @@ class DiffusionModelState(ModelState):
         self.req_idx_of: dict[str, int] = {}
         self.step: StepBatch | None = None
         self.block_tables: BlockTables | None = None
+        self.group_of: dict[str, int] = {}
         self.num_layers = self.model_config.hf_config.num_hidden_layers
         self.num_heads = self.model_config.hf_config.num_attention_heads
         self.pruner = StepPruner(self)
         model.model.set_observer(self.pruner)
         self.writes_traces = get_tensor_model_parallel_rank() == 0
-        # Canvases of removed requests, for those that were preempted and come back. The hook does not say which of
-        # the two happened, so the oldest go first; a row is a few kB.
+        # Canvases of requests that were removed before their end, for those that were preempted and come back. The
+        # hook does not say which were aborted instead.
         self._stash: OrderedDict[str, tuple[np.ndarray, RequestSlot]] = OrderedDict()
 
     # -- life of a request -------------------------------------------------------------------------------------
@@ -102,6 +106,8 @@ class DiffusionModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Keep the block tables: traces say how many KV blocks a request holds."""
         self.block_tables = block_tables
+        groups = kv_cache_config.kv_cache_groups
+        self.group_of = {name: i for i, group in enumerate(groups) for name in group.layer_names}
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Take a request into slot ``req_index``; one that was preempted goes on from its stashed canvas."""
@@ -147,7 +153,8 @@ class DiffusionModelState(ModelState):
             pruned_plan=params.pruned_plan(plan, num_visual),
         )
         if params.options.diffusion_trace and self.writes_traces:
-            slot.trace = TraceRecorder(self.settings.trace_dir, slot, self.model_config.hf_config)
+            images = describe_images(new_req_data.mm_features, self.model.vision.layout)
+            slot.trace = TraceRecorder(self.settings.trace_dir, slot, self.model_config.hf_config, images)
         return slot
 
     def suffix_ids(self, text: str) -> list[int]:
@@ -166,9 +173,13 @@ class DiffusionModelState(ModelState):
         row = self.canvases.snapshot(req_idx)
         if slot.trace is not None:
             slot.trace.write(self.canvases.tokens_np(req_idx), int(row[COLUMN["stop"]]))
-        self._stash[req_id] = (row, slot)
-        if len(self._stash) > 2 * self.max_num_reqs:
-            self._stash.popitem(last=False)
+        # A request that reached its end cannot come back.
+        emitted, stop = int(row[COLUMN["num_emitted"]]), int(row[COLUMN["stop"]])
+        end = min(stop if stop >= 0 else slot.plan.canvas_len, slot.params.max_new_tokens(slot.plan.suffix_len))
+        if emitted < end:
+            self._stash[req_id] = (row, slot)
+            if len(self._stash) > MAX_STASHED:
+                self._stash.popitem(last=False)
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -204,14 +215,14 @@ class DiffusionModelState(ModelState):
         return embeds[: input_batch.num_tokens_after_padding]
 
     def _embed_prompt(self, slot: RequestSlot) -> torch.Tensor:
-        """Merged prompt embeddings (golden README point 16). [prompt, hidden]."""
+        """Merged prompt embeddings (golden README point 16), of the survivors once it is pruned. [prompt, hidden]."""
         ids = torch.tensor(slot.prompt_token_ids, dtype=torch.int64, device=self.device)
         embeds = self.model.embed_input_ids(ids)
         for feature in self.encoder_cache.mm_features[slot.req_id]:
             start = feature.mm_position.offset
             visual = self.encoder_cache.encoder_outputs[feature.identifier]
             embeds[start : start + feature.mm_position.length] = visual.to(embeds.dtype)
-        return embeds
+        return embeds if slot.kept_rows is None else embeds[slot.kept_rows]
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Choose the rows that need vocabulary logits: masked positions that this step may unmask."""
@@ -281,7 +292,9 @@ class DiffusionModelState(ModelState):
         masked = np.flatnonzero(tokens == self.token_ids.mask_token_id)
         stop = row[COLUMN["stop"]]
         limit = stop if stop >= 0 else row[COLUMN["block_start"]] + row[COLUMN["block_len"]]
-        return masked[masked < limit]
+        refresh = is_refresh(int(row[COLUMN["step_in_block"]]), slot.plan.refresh_interval)
+        first = 0 if refresh else row[COLUMN["block_start"]]
+        return masked[(masked >= first) & (masked < limit)]
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Inputs of a dummy forward pass."""
@@ -344,7 +357,8 @@ class DiffusionModelState(ModelState):
             own = {name: entry for name, entry in later.items() if name in names}
             metadata.update(own)
             jobs = [job for job in self.pruner.jobs if job.layer == layer]
-            self.pruner.segments[layer] = Segment(start, own, slots[0], jobs)
+            own_slots = {name: slots[self.group_of[name]] for name in own}
+            self.pruner.segments[layer] = Segment(start, own, own_slots, jobs)
         return metadata
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
@@ -352,8 +366,8 @@ class DiffusionModelState(ModelState):
         return DiffusionSampler(self, sampler), None
 
     def num_kv_blocks(self, req_idx: int) -> int:
-        """KV blocks that the request holds in the first KV cache group."""
-        return int(self.block_tables.num_blocks.np[0, req_idx])
+        """KV blocks that the request holds, over all KV cache groups."""
+        return int(self.block_tables.num_blocks.np[:, req_idx].sum())
 
 
 def hash_seed(text: str) -> int:

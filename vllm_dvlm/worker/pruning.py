@@ -64,12 +64,12 @@ class Segment:
 
     query_start: [requests + 1] first row of each request behind the layer. host.
     metadata: layer name to attention metadata.
-    slots: slot mapping of the remaining rows.
+    slots: layer name to slot mapping of the remaining rows.
     """
 
     query_start: np.ndarray
     metadata: dict[str, Any]
-    slots: torch.Tensor
+    slots: dict[str, torch.Tensor]
     jobs: list[PruneJob] = field(default_factory=list)
 
 
@@ -128,10 +128,9 @@ class StepPruner:
         pruner = create(options.prune_method, options.prune_rows)
         num = len(visual)
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=device)  # noqa: E731
-        layer = None
-        if pruner.at_layer:
-            # prune_layer counts layers from 1; inside they count from 0.
-            layer = (options.prune_layer or self.state.num_layers // 2) - 1
+        # The option counts layers from 1; inside they count from 0.
+        layers = slot.params.prune_after_layers(self.state.num_layers)
+        layer = None if layers is None else layers - 1
         return PruneJob(
             slot,
             batch_index,
@@ -198,8 +197,7 @@ class StepPruner:
                 length = job.slot.pruned_plan.total_len
                 positions[job.first : job.first + length] = torch.arange(length, device=positions.device)
         context = get_forward_context()
-        for name in segment.metadata:
-            context.slot_mapping[name] = segment.slots
+        context.slot_mapping.update(segment.slots)
         return positions, hidden, residual
 
     def finish_forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -262,6 +260,7 @@ class StepPruner:
         slot = job.slot
         before, after = slot.plan, slot.pruned_plan
         rows = kept_prompt_rows(before.prompt_len, job.visual, job.kept, job.text)
+        slot.kept_rows = rows
         slot.prompt_embeds = slot.prompt_embeds[rows]
         keeps_angles = slot.params.options.prune_positions == "keep"
         if keeps_angles:
@@ -279,11 +278,12 @@ class StepPruner:
 
     def _compact(self, job: PruneJob, rows: torch.Tensor, rotate: bool) -> None:
         """Move the kept KV rows together in every layer that has computed the whole prompt."""
-        block_ids = self.state.block_tables.block_tables[0].gpu[job.req_idx]
+        tables = self.state.block_tables.block_tables
         last = self.state.num_layers if job.layer is None else job.layer + 1
         for layer in self.state.model.model.layers[:last]:
             attention = layer.self_attn
             table = attention.rotary_emb.cos_sin_cache.to(rows.device) if rotate else None
+            block_ids = tables[self.state.group_of[attention.attn.layer_name]].gpu[job.req_idx]
             compact_rows(attention.attn.kv_cache, self._layout(attention), block_ids, rows, table)
 
     def _layout(self, attention: LLaDAAttention) -> PageLayout:

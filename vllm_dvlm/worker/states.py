@@ -48,6 +48,7 @@ class RequestSlot:
 
     prompt_embeds: [prompt, hidden] merged prompt embeddings, filled in the first step (set by model_state).
     pruned_plan: the course after pruning, until that has happened.
+    kept_rows: [prompt after pruning] int64 rows of the original prompt that survived, once it is pruned.
     rope_positions: [prompt + canvas + suffix] int64 rotary positions, where they differ from the cache positions.
     noise_seed: seeds the request's noise together with the step number; None at temperature 0 without need of noise.
     logprobs: per canvas position (token ids [K + 1], logprobs [K + 1], rank), written when the position is unmasked.
@@ -63,6 +64,7 @@ class RequestSlot:
     noise_seed: int
     pruned_plan: Plan | None = None
     num_steps: int = 0
+    kept_rows: torch.Tensor | None = None
     rope_positions: torch.Tensor | None = None
     prompt_embeds: torch.Tensor | None = None
     logprobs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)

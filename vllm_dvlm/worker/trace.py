@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm import envs
 
-from vllm_dvlm.terms import Position, forward_flops
+from vllm_dvlm.models.anyres import layout_of
+from vllm_dvlm.terms import Plan, Position, step_flops
 
 if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+    from vllm_dvlm.models.anyres import ImageLayoutConfig
     from vllm_dvlm.worker.pruning import PruneJob
     from vllm_dvlm.worker.states import RequestSlot
 
@@ -32,10 +36,33 @@ def client_request_id(req_id: str) -> str:
     return _RANDOM_SUFFIX.sub("", req_id)
 
 
+def describe_images(features: list[MultiModalFeatureSpec], layout: ImageLayoutConfig) -> list[dict[str, Any] | None]:
+    """Where the visual tokens of each image lie in it, for pictures.
+
+    Per image: ``size`` [width, height]; ``overview`` rows and columns of the overview tile's tokens, which come first;
+    ``grid`` rows and columns of the map of the tiles (None in pad mode), each row followed by one newline token. None
+    for an image whose data did not travel to this worker.
+    """
+    found: list[dict[str, Any] | None] = []
+    for feature in features:
+        if feature.data is None:
+            found.append(None)
+            continue
+        width, height = (int(x) for x in feature.data["image_sizes"].data.flatten())
+        limit = int(feature.data["grid_limits"].data.flatten()[0])
+        place = layout_of(width, height, layout.with_grid_limit(limit))
+        side = layout.patches_per_side
+        grid = place.downsampled or place.unpad_out
+        found.append({"size": [width, height], "overview": [side, side], "grid": list(grid) if grid else None})
+    return found
+
+
 class TraceRecorder:
     """Collects the steps of one request and writes the file when it ends."""
 
-    def __init__(self, trace_dir: str, slot: RequestSlot, hf_config: Any) -> None:
+    def __init__(
+        self, trace_dir: str, slot: RequestSlot, hf_config: Any, images: list[dict[str, Any] | None]
+    ) -> None:
         # Clients choose part of the id (X-Request-Id): nothing of it may name a folder.
         name = re.sub(r"[^A-Za-z0-9._-]", "_", client_request_id(slot.req_id)).lstrip(".") or "request"
         self.path = Path(trace_dir) / f"{name}.json"
@@ -54,10 +81,12 @@ class TraceRecorder:
             },
             "prompt_len": slot.plan.prompt_len,
             "visual_spans": [[s.start, s.end] for s in slot.visual_spans],
+            "images": images,
         }
         self.steps: list[dict[str, Any]] = []
         self.pruning: dict[str, Any] | None = None
         self.importance: np.ndarray | None = None
+        self._pruned_now: tuple[Plan, Plan] | None = None
         self.flops = 0
 
     def record_step(
@@ -91,7 +120,10 @@ class TraceRecorder:
                 "kv_blocks": kv_blocks,
             }
         )
-        self.flops += forward_flops(self.hf_config, query_len, kv_len)
+        before, shortened = self._pruned_now or (self.plan, None)
+        layers = self.pruning["layer"] if shortened is not None else None
+        self.flops += step_flops(self.hf_config, before, query_len, shortened, layers)
+        self._pruned_now = None
         self.position = after
 
     def record_pruning(self, job: PruneJob, kv_blocks_before: int, kv_blocks_after: int) -> None:
@@ -108,6 +140,7 @@ class TraceRecorder:
             "kv_blocks_after": kv_blocks_after,
         }
         self.importance = job.importance.float().cpu().numpy()
+        self._pruned_now = (self.plan, job.slot.plan)
         self.plan = job.slot.plan
 
     def write(self, tokens: np.ndarray, stop: int) -> None:

@@ -18,6 +18,7 @@ from vllm_dvlm.bench.reference.model import (
     Prompt,
     ReferenceModel,
 )
+from vllm_dvlm.denoise.confidence import greedy_low_confidence
 
 MASK_ID, EOT_ID = 126336, 126348
 FORBIDDEN_IDS = (126080, 126081, 126346, 126347)  # point 24
@@ -179,20 +180,26 @@ class _OfficialSequence(_Sequence):
 
 
 class _LeanSequence(_Sequence):
-    """Logits of the rows that can be committed, float32 throughout, updates in place."""
+    """Logits of the rows that can be committed, float32 throughout, updates in place.
+
+    The logits are made in chunks that stay in the cache and reduced by the engine's own fast function, so that the
+    engine's lead over this loop, if any, does not come from there.
+    """
 
     whole_matrix, cache_type = False, KVCache
+    # Measured best of 1 to 1,000 MiB: beyond 32 MiB glibc returns every block to the system at once.
+    chunk_bytes = 32 * 2**20
 
     def predict(self, start: int, rows: torch.Tensor, probe: AttentionProbe | None):
         """Tokens [L] int64 and confidences [L] float64, meaningful at canvas positions `rows`."""
         hidden = self.forward(start, probe)
-        logits = self.guided_logits(hidden[:, self.prompt_len - start + rows])
-        logits[:, list(self.options.forbidden_ids)] = -torch.inf
-        top, best = logits.max(-1)
         tokens = torch.zeros(self.options.canvas_length, dtype=torch.long)
         confidence = torch.zeros(self.options.canvas_length, dtype=torch.float64)
-        tokens[rows] = best
-        confidence[rows] = (top - logits.logsumexp(-1)).exp().double()
+        chunk = max(1, self.chunk_bytes // (4 * len(self.model.text.head)))
+        for part in rows.split(chunk):
+            logits = self.guided_logits(hidden[:, self.prompt_len - start + part])
+            logits[:, list(self.options.forbidden_ids)] = -torch.inf
+            tokens[part], confidence[part] = greedy_low_confidence(logits)
         return tokens, confidence
 
     def write(self, positions: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -1,0 +1,320 @@
+"""``vllm serve`` as a user runs it: two API servers, an engine core and a worker, all requests over HTTP."""
+
+import asyncio
+import json
+import math
+import re
+import subprocess
+from typing import Any
+
+import openai
+import pytest
+
+from tests.engine.server import (
+    BUILD_ARGS,
+    MODEL,
+    VLLM,
+    Server,
+    chat_of,
+    completion_of,
+    image_part,
+    load,
+    openai_args,
+    poll,
+    text_of,
+)
+from tests.golden import cases
+
+EOT_ID = 126348
+MAX_MODEL_LEN = 4096
+MAX_CANVAS = 64
+TEXT, IMAGE, STOP, SUFFIX = "a1_text_single_block", "b1_image_steps_eq_gen", "e2_stop_blocks", "h1_suffix"
+# Different prompts, canvases, blocks, steps, caching and thresholds.
+GOLDEN = [TEXT, IMAGE, "b3_image_grid2x1", "c1_steps_lt_gen", "d2_blocks2_k1", STOP, "g10_fast_text_r8_thr1"]
+GOLDEN += ["g12_fast_k2_r8_none", "g7_fast_blocks_r32_none", SUFFIX, "h3_suffix_fast"]
+
+
+@pytest.fixture(scope="module")
+def trace_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, trace_dir, tmp_path_factory):
+    settings = {"trace_dir": str(trace_dir), "max_canvas_length": MAX_CANVAS, "max_image_tiles": 8}
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    flags = ("--max-model-len", str(MAX_MODEL_LEN), "--api-server-count", "2")
+    made = Server(checkpoint(**BUILD_ARGS), log, {"dvlm": settings}, *flags)
+    print(f"server ready after {made.start_up_s:.0f} s")
+    yield made
+    made.stop()
+
+
+def expected(name: str) -> str:
+    return load(name).raw["final_text"]
+
+
+# -- answers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_case_over_chat(server, name):
+    case = load(name)
+    reply = server.send(chat_of(name))
+    assert text_of(reply) == case.raw["final_text"]
+    stopped = case.stopped_at is not None
+    assert reply["choices"][0]["finish_reason"] == ("stop" if stopped else "length")
+    usage = reply["usage"]
+    assert usage["prompt_tokens"] == case.prompt_len
+    assert usage["completion_tokens"] == len(case.final_ids) + stopped, "vLLM counts the stop token"
+
+
+@pytest.mark.parametrize("name", [TEXT, "g10_fast_text_r8_thr1"])
+def test_golden_case_over_completions(server, name):
+    assert text_of(server.send(completion_of(name))) == expected(name)
+    as_text = completion_of(name, prompt=cases.prompt_text(load(name)), add_special_tokens=False)
+    assert text_of(server.send(as_text)) == expected(name)
+    batch = server.send(completion_of(name, prompt=[load(name).prompt_ids] * 3))
+    assert [text_of(batch, i) for i in range(3)] == [expected(name)] * 3
+
+
+@pytest.mark.parametrize("name", [IMAGE, "d2_blocks2_k1", STOP, SUFFIX])
+def test_streamed_with_the_openai_package(server, name):
+    options = {"include_usage": True}
+    args = openai_args(chat_of(name, stream=True, stream_options=options, temperature=0))
+    chunks = list(server.openai.chat.completions.create(**args))
+    deltas = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    assert "".join(deltas) == expected(name)
+    assert len(deltas) > 1, "tokens arrive as they are committed"
+    reasons = [c.choices[0].finish_reason for c in chunks if c.choices]
+    stopped = load(name).stopped_at is not None
+    assert reasons[-1] == ("stop" if stopped else "length") and set(reasons[:-1]) == {None}
+    assert chunks[-1].usage.completion_tokens == len(load(name).final_ids) + stopped
+    whole = server.openai.chat.completions.create(**openai_args(chat_of(name, temperature=0)))
+    assert whole.choices[0].message.content == "".join(deltas)
+
+
+def test_streamed_completion(server):
+    args = openai_args(completion_of("g10_fast_text_r8_thr1", stream=True))
+    deltas = [chunk.choices[0].text for chunk in server.openai.completions.create(**args)]
+    assert "".join(deltas) == expected("g10_fast_text_r8_thr1") and len(deltas) > 1
+
+
+def test_stop_string(server):
+    body = completion_of(TEXT, stop=[" wood"])
+    for changes, text in (({}, " over over over texture"), ({"include_stop_str_in_output": True}, None)):
+        reply = server.send(body | changes)
+        assert text_of(reply) == (text or " over over over texture wood")
+        assert reply["choices"][0]["finish_reason"] == "stop" and reply["choices"][0]["stop_reason"] == " wood"
+    server.wait_idle()
+
+
+def test_stop_token_ids_and_ignore_eos(server):
+    reply = server.send(chat_of(STOP, ignore_eos=True, stop_token_ids=[EOT_ID]))
+    assert text_of(reply) == expected(STOP)
+    assert reply["choices"][0]["finish_reason"] == "stop" and reply["choices"][0]["stop_reason"] == EOT_ID
+    reply = server.send(chat_of(STOP, ignore_eos=True))
+    assert reply["choices"][0]["finish_reason"] == "length" and reply["usage"]["completion_tokens"] == 16
+
+
+def test_max_tokens_below_the_canvas(server):
+    reply = server.send(completion_of(TEXT, max_tokens=5, return_token_ids=True))
+    assert reply["choices"][0]["token_ids"] == load(TEXT).final_ids[:5]
+    assert reply["choices"][0]["finish_reason"] == "length" and reply["usage"]["completion_tokens"] == 5
+
+
+def test_logprobs_are_those_of_the_step_that_chose_the_token(server):
+    case = load(TEXT)
+    recorded = {pos: conf for step in case.steps for pos, conf in zip(step["pos"], step["conf"], strict=True)}
+    chat = server.send(chat_of(TEXT, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in chat) == expected(TEXT)
+    for position, entry in enumerate(chat):
+        assert math.exp(entry["logprob"]) == pytest.approx(recorded[position], rel=1e-3)
+        first, second = (top["logprob"] for top in entry["top_logprobs"])
+        assert first == entry["logprob"] >= second, "greedy: the token is the most probable one"
+    found = server.send(completion_of(TEXT, logprobs=0))["choices"][0]["logprobs"]["token_logprobs"]
+    assert found == [entry["logprob"] for entry in chat]
+
+
+def test_several_answers_are_reproducible_by_seed(server):
+    def texts(**changes):
+        reply = server.send(completion_of(TEXT, temperature=1.0, n=3, **changes))
+        return [text_of(reply, i) for i in range(3)]
+
+    first = texts(seed=7)
+    assert len(set(first)) == 3
+    assert texts(seed=7) == first
+    assert texts(seed=8) != first
+
+
+# -- together ------------------------------------------------------------------------------------------------------
+
+
+async def gather(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        replies = await asyncio.gather(*(client.chat.completions.create(**openai_args(body)) for body in bodies))
+    return [reply.choices[0].message.content for reply in replies]
+
+
+def test_sixteen_at_once_answer_as_alone(server):
+    others = [
+        chat_of(TEXT, max_tokens=48, xargs={"diffusion_canvas_length": 48, "diffusion_max_steps": 24}),
+        chat_of(TEXT, max_tokens=7, xargs={"diffusion_canvas_length": 32, "diffusion_max_steps": 32}),
+        chat_of(TEXT, xargs={"diffusion_remasking": "random"}, seed=3),
+        chat_of(TEXT, temperature=0.7, seed=5),
+        chat_of(IMAGE, xargs={"diffusion_refresh_interval": 3, "diffusion_block_length": 8}),
+    ]
+    wanted = [expected(name) for name in GOLDEN] + [text_of(server.send(body)) for body in others]
+    bodies = [chat_of(name) for name in GOLDEN] + others
+    assert len(bodies) == 16
+    before = server.metrics()["vllm_dvlm:denoise_steps_total"]
+    # In both orders, so that each request meets others in other places of the batch.
+    assert asyncio.run(gather(server, bodies)) == wanted
+    assert asyncio.run(gather(server, bodies[::-1])) == wanted[::-1]
+    assert server.metrics()["vllm_dvlm:denoise_steps_total"] > before
+    server.wait_idle()
+
+
+def test_abort_in_mid_stream_frees_its_blocks(server):
+    before = server.metrics()["vllm_dvlm:denoise_steps_total"]
+    xargs = {"diffusion_canvas_length": 64, "diffusion_max_steps": 64, "diffusion_block_length": 1}
+    stream = server.openai.chat.completions.create(
+        **openai_args(chat_of(IMAGE, stream=True, max_tokens=64, ignore_eos=True, xargs=xargs))
+    )
+    for chunk in stream:
+        if chunk.choices[0].delta.content:
+            break
+    poll(lambda: not server.is_idle(), 10, "the request shows in the metrics")
+    stream.close()
+    server.wait_idle()
+    assert server.metrics()["vllm_dvlm:denoise_steps_total"] - before < 64, "it ran to its end"
+    assert text_of(server.send(chat_of(IMAGE))) == expected(IMAGE)
+
+
+# -- metrics and traces --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [IMAGE, STOP, "g12_fast_k2_r8_none"])
+def test_counters_and_trace(server, trace_dir, name):
+    case = load(name)
+    server.wait_idle()
+    before = server.metrics("vllm_dvlm:")
+    reply = server.send(chat_of(name, xargs={"diffusion_trace": 1}))
+    path = trace_dir / f"{reply['id']}.json"
+    poll(path.exists, 10, "the trace is written")
+    server.wait_idle()
+    trace = json.loads(path.read_text())
+    assert trace["final_ids"] == case.final_ids and trace["prompt_len"] == case.prompt_len
+    assert [s["ids"] for s in trace["steps"]] == [s["ids"] for s in case.steps]
+    full = case.prompt_len + case.settings["gen_length"]
+    query_lens = [step["query_len"] for step in trace["steps"]]
+    assert query_lens == [step["forward_len"] for step in case.steps]
+    emitted = len(case.final_ids) + (case.stopped_at is not None)
+    wanted = {
+        "denoise_steps_total": len(case.steps),
+        "forward_tokens_total{full}": sum(n for n in query_lens if n == full),
+        "forward_tokens_total{cached}": sum(n for n in query_lens if n != full),
+        "committed_tokens_total": emitted,
+        "canvas_positions_total": case.settings["gen_length"],
+    }
+    after = server.metrics("vllm_dvlm:")
+    assert {key: after[f"vllm_dvlm:{key}"] - before[f"vllm_dvlm:{key}"] for key in wanted} == wanted
+
+
+# -- the stock load generator --------------------------------------------------------------------------------------
+
+
+def test_vllm_bench_serve_with_images(server, checkpoint, tmp_path):
+    command = [VLLM, "bench", "serve", "--base-url", server.url, "--model", MODEL]
+    command += ["--tokenizer", checkpoint(**BUILD_ARGS), "--backend", "openai-chat"]
+    command += ["--endpoint", "/v1/chat/completions", "--num-prompts", "16", "--max-concurrency", "8"]
+    command += ["--dataset-name", "random-mm", "--random-input-len", "32", "--random-output-len", "16"]
+    command += ["--random-mm-base-items-per-request", "1", "--random-mm-bucket-config", "{(96, 64, 1): 1.0}"]
+    command += ["--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}', "--ignore-eos", "--disable-tqdm"]
+    command += ["--extra-body", '{"vllm_xargs": {"diffusion_max_steps": 4}}']
+    command += ["--save-result", "--result-dir", tmp_path, "--result-filename", "result.json"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["completed"] == 16 and result["failed"] == 0
+    assert result["total_output_tokens"] == 16 * 16
+    server.wait_idle()
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+def with_images(*images: bytes, text: str = "What is this?", **changes: Any) -> dict[str, Any]:
+    parts = [image_part(data) for data in images] + [{"type": "text", "text": text}]
+    return {"model": MODEL, "messages": [{"role": "user", "content": parts}], "max_tokens": 8} | changes
+
+
+SMALL = (cases.IMAGE_FOLDER / "wide_360x70.png").read_bytes()
+BIG = (cases.IMAGE_FOLDER / "big_1600x1200.png").read_bytes()
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+LONG = [300] * (MAX_MODEL_LEN - 6)
+REFUSED = {
+    "unknown option": (chat_of(TEXT, xargs={"diffusion_block_lenght": 8}), "did you mean diffusion_block_length"),
+    "option type": (chat_of(TEXT, xargs={"diffusion_suffix": 5}), "diffusion_suffix must be text"),
+    "nested option": (chat_of(TEXT, xargs={"diffusion_suffix": {"a": 1}}), "diffusion_suffix"),
+    "option value": (chat_of(TEXT, xargs={"diffusion_remasking": "best"}), "diffusion_remasking.*low_confidence"),
+    "contradiction": (chat_of(TEXT, xargs={"diffusion_block_length": 5}), "diffusion_block_length 5 does not divide"),
+    "guidance": (chat_of(TEXT, xargs={"diffusion_cfg_scale": 0.5}), "diffusion_cfg_scale"),
+    "long canvas": (chat_of(TEXT, xargs={"diffusion_canvas_length": 65}), "diffusion_canvas_length.*at most 64"),
+    "full model": (completion_of(TEXT, prompt=LONG), "prompt of 4090, canvas of 16.*4096 positions"),
+    "long prompt": (completion_of(TEXT, prompt=[*LONG, *LONG]), "max_model_len|context length|maximum|max_tokens"),
+    "no prompt": (completion_of(TEXT, prompt=""), "prompt"),
+    "mask token": (completion_of(TEXT, prompt="a <|mdm_mask|>"), "mask token"),
+    "beam search": (chat_of(TEXT, use_beam_search=True, n=2), "use_beam_search"),
+    "beam search, completion": (completion_of(TEXT, use_beam_search=True, n=2), "use_beam_search"),
+    "json": (chat_of(TEXT, response_format={"type": "json_object"}), "response_format"),
+    "guided": (completion_of(TEXT, structured_outputs={"choice": ["a"]}), "structured_outputs"),
+    "tools": (chat_of(TEXT, tools=[TOOL]), "tool"),
+    "tool required": (chat_of(TEXT, tools=[TOOL], tool_choice="required"), "tool_choice"),
+    "min_tokens": (chat_of(TEXT, min_tokens=3), "min_tokens"),
+    "logit_bias": (chat_of(TEXT, logit_bias={"5": 1}), "logit_bias"),
+    "top_p": (chat_of(TEXT, top_p=0.5, temperature=1), "top_p"),
+    "penalty": (chat_of(TEXT, presence_penalty=1), "presence_penalty"),
+    "prompt_logprobs": (chat_of(TEXT, prompt_logprobs=1), "prompt_logprobs"),
+    "echo with logprobs": (completion_of(TEXT, echo=True, logprobs=1), "prompt_logprobs"),
+    "greedy n": (chat_of(TEXT, n=2, temperature=0), "n must be 1"),
+    "option with image": (chat_of(IMAGE, xargs={"diffusion_max_steps": 17, "diffusion_block_length": 8}), "_max_steps"),
+    "empty image": (with_images(b""), "image"),
+    "cut image": (with_images(SMALL[: len(SMALL) // 2]), "truncated"),
+    "no image": (with_images(b"hello world" * 20), "image"),
+    "large image": (with_images(BIG), "needs 21 tiles.*max_image_tiles"),
+    "image missing": (with_images(text="<image> What?"), "1 image placeholder.*0 image"),
+    "placeholders": (with_images(SMALL, text="<image> <image> What?"), "<image>"),
+    "image options": (with_images(SMALL, mm_processor_kwargs={"image_aspect_ratio": "pad"}), "mm_processor_kwargs"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_request_is_400_and_the_next_is_answered(server, name):
+    body, message = REFUSED[name]
+    error = server.send(body, status=400)["error"]
+    assert re.search(message, error["message"], re.DOTALL), error["message"]
+    assert text_of(server.send(completion_of(TEXT))) == expected(TEXT)
+
+
+def test_same_image_right_after_refusals(server):
+    """vLLM's own cache would take it for an image that the engine already has."""
+    fresh = with_images(SMALL)
+    for changes in ({"vllm_xargs": {"diffusion_max_steps": -1}}, {"min_tokens": 2}, {"max_tokens": 5000}):
+        server.send(fresh | changes, status=400)
+    for _ in range(2):  # whichever of the two API servers answers
+        assert text_of(server.send(chat_of(IMAGE))) == expected(IMAGE)
+
+
+def test_bad_streamed_request(server):
+    """vLLM has sent the status line by the time the engine's front end sees the parameters: the error is an event."""
+    body = chat_of(TEXT, xargs={"diffusion_block_lenght": 8}, stream=True)
+    with pytest.raises(openai.APIError, match="did you mean diffusion_block_length") as caught:
+        list(server.openai.chat.completions.create(**openai_args(body)))
+    assert caught.value.body["code"] == 400
+    assert text_of(server.send(chat_of(TEXT))) == expected(TEXT)
+
+
+def test_refusals_left_nothing_behind(server):
+    server.wait_idle()
+    assert "EngineDeadError" not in server.log_text() and "EngineCore encountered" not in server.log_text()

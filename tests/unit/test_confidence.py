@@ -1,0 +1,105 @@
+"""From logits to token and confidence: every row of the table of confidences, and the fast twin."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_dvlm.denoise import confidence as c
+from vllm_dvlm.params import REMASKING
+
+NUM_WORDS = 9
+
+
+def plain_softmax(row):
+    top = max(row)
+    weights = [math.exp(x - top) for x in row]
+    return [w / sum(weights) for w in weights]
+
+
+# Name -> confidence of token t given the probabilities p of a row, in plain Python.
+PLAIN = {
+    "low_confidence": lambda p, t: p[t],
+    "entropy": lambda p, t: sum(x * math.log(x) for x in p if x > 0),
+    "margin": lambda p, t: sorted(p)[-1] - sorted(p)[-2],
+}
+
+rows = st.lists(st.lists(st.floats(-30, 30, width=32), min_size=NUM_WORDS, max_size=NUM_WORDS), min_size=1, max_size=5)
+
+
+def test_every_remasking_has_a_confidence():
+    assert {*c.CONFIDENCE, "random"} == set(REMASKING)
+    assert set(PLAIN) == set(c.CONFIDENCE)
+
+
+@pytest.mark.parametrize("name", c.CONFIDENCE)
+@settings(max_examples=50, deadline=None)
+@given(rows=rows)
+def test_confidence(name, rows):
+    logits = torch.tensor(rows)
+    c.forbid(logits, torch.tensor([1, 4]))
+    tokens = c.choose_tokens(logits, 0)
+    got = c.CONFIDENCE[name](logits, tokens)
+    assert got.dtype == torch.float64
+    for row, token, value in zip(logits.tolist(), tokens.tolist(), got.tolist(), strict=True):
+        assert token not in (1, 4)
+        assert token == row.index(max(row)), "ties go to the left"
+        assert value == pytest.approx(PLAIN[name](plain_softmax(row), token), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", c.CONFIDENCE)
+def test_a_sure_row_beats_an_unsure_one(name):
+    logits = torch.tensor([[0.0, 0.0, 0.1], [9.0, 0.0, 0.0], [2.0, 1.0, 0.0]])
+    got = c.CONFIDENCE[name](logits, c.choose_tokens(logits, 0))
+    assert got.argsort(descending=True).tolist() == [1, 2, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=rows)
+def test_fast_twin(rows):
+    logits = c.forbid(torch.tensor(rows), torch.tensor([0]))
+    tokens = c.choose_tokens(logits, 0)
+    expected = c.low_confidence(logits, tokens)
+    got_tokens, got = c.greedy_low_confidence(logits.clone())
+    assert got_tokens.tolist() == tokens.tolist()
+    assert got.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_fast_twin_ranks_rows_that_are_nearly_certain():
+    """In float32 both probabilities round to 1; their distances to 1 still differ."""
+    logits = torch.tensor([[20.0, 1.0, 0.0], [20.0, 0.0, 0.0]])
+    _, got = c.greedy_low_confidence(logits)
+    assert got[0] < got[1] < 1
+    assert (1 - got).tolist() == pytest.approx([(1 + math.e) * math.exp(-20), 2 * math.exp(-20)], rel=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_noise_draws_from_the_tempered_distribution(temperature):
+    """Gumbel noise scaled by T draws token i with probability proportional to exp(l_i / T)."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
+    tokens = c.choose_tokens(logits, temperature, torch.Generator().manual_seed(0))
+    expected = (logits[0].double() / temperature).softmax(-1)
+    counts = torch.bincount(tokens, minlength=4) / len(tokens)
+    assert counts.tolist() == pytest.approx(expected.tolist(), abs=0.03)  # four standard deviations
+
+
+def test_noise_is_the_same_in_other_chunks():
+    logits = torch.randn(6, NUM_WORDS, generator=torch.Generator().manual_seed(1))
+    whole = c.choose_tokens(logits, 1.0, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    pieces = [c.choose_tokens(piece, 1.0, generator) for piece in logits.split([1, 3, 2])]
+    assert torch.equal(torch.cat(pieces), whole)
+    assert not torch.equal(c.choose_tokens(logits, 1.0, torch.Generator().manual_seed(6)), whole)
+
+
+def test_noise_never_draws_a_forbidden_token():
+    logits = c.forbid(torch.zeros(500, 3), torch.tensor([1]))
+    assert set(c.choose_tokens(logits, 5.0, torch.Generator().manual_seed(0)).tolist()) == {0, 2}
+
+
+def test_random_confidence_follows_its_generator():
+    draw = [c.random_confidence(5, torch.Generator().manual_seed(s), torch.device("cpu")) for s in (1, 1, 2)]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    assert draw[0].dtype == torch.float64 and bool(((draw[0] >= 0) & (draw[0] < 1)).all())

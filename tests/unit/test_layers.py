@@ -1,0 +1,84 @@
+"""Who may import whom (style guide, 'Layout'): the pure parts stay pure, the front stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "vllm_dvlm"
+
+# File pattern -> modules that it must not import, at the top or inside a function.
+FORBIDDEN = {
+    "terms.py": ["torch", "vllm", "vllm_dvlm", "numpy"],
+    "families.py": ["torch", "vllm", "vllm_dvlm"],
+    "params.py": ["torch", "vllm"],
+    "denoise/*.py": ["vllm", "vllm_dvlm.worker", "vllm_dvlm.models", "vllm_dvlm.pruning", "vllm_dvlm.kv"],
+    "pruning/*.py": ["vllm", "vllm_dvlm.worker", "vllm_dvlm.models", "vllm_dvlm.kv", "vllm_dvlm.denoise"],
+    "kv/release.py": ["torch", "vllm_dvlm.worker"],
+    "kv/compaction.py": ["vllm_dvlm.scheduler", "vllm_dvlm.worker"],
+    "models/*.py": ["vllm_dvlm.denoise", "vllm_dvlm.kv", "vllm_dvlm.scheduler"],
+    "worker/*.py": ["vllm_dvlm.scheduler", "vllm_dvlm.admission"],
+    "worker/states.py": ["vllm_dvlm.pruning", "vllm_dvlm.kv"],
+    "worker/sampler.py": ["vllm_dvlm.pruning", "vllm_dvlm.kv"],
+    "scheduler.py": ["torch", "vllm_dvlm.worker", "vllm_dvlm.denoise", "vllm_dvlm.models"],
+}
+
+
+def imports(path):
+    """Dotted names of everything a file imports when it runs; blocks for type checkers are left out."""
+
+    class Visitor(ast.NodeVisitor):
+        names: set[str] = set()
+
+        def visit_If(self, node):
+            if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+                self.generic_visit(node)
+
+        def visit_Import(self, node):
+            self.names |= {alias.name for alias in node.names}
+
+        def visit_ImportFrom(self, node):
+            self.names |= {f"{node.module}.{alias.name}" for alias in node.names}
+
+    visitor = Visitor()
+    visitor.names = set()
+    visitor.visit(ast.parse(path.read_text(encoding="utf-8")))
+    return visitor.names
+
+
+@pytest.mark.parametrize("pattern", FORBIDDEN)
+def test_forbidden_imports(pattern):
+    paths = sorted(PACKAGE.glob(pattern))
+    assert paths
+    for path in paths:
+        for name in imports(path):
+            for forbidden in FORBIDDEN[pattern]:
+                assert not f"{name}.".startswith(f"{forbidden}."), f"{path.name} imports {name}"
+
+
+def test_imports_are_found(tmp_path):
+    """The check itself: inside functions too, and not what only type checkers see."""
+    file = tmp_path / "module.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vllm\ndef f():\n    from torch import nn\n"
+    )
+    assert imports(file) == {"typing.TYPE_CHECKING", "torch.nn"}
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("vllm_dvlm", ["torch", "vllm", "numpy", "transformers"]),
+        ("vllm_dvlm.terms", ["torch", "vllm", "numpy"]),
+        ("vllm_dvlm.params", ["torch", "vllm"]),
+        ("vllm_dvlm.upstream", ["torch", "vllm"]),
+        ("vllm_dvlm.denoise.step", ["vllm"]),
+        ("vllm_dvlm.denoise.confidence", ["vllm"]),
+    ],
+)
+def test_importing_stays_light(module, unwanted):
+    code = f"import sys, {module}; sys.exit(', '.join(set({unwanted}) & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{module} imports {done.stderr}"

@@ -1,0 +1,263 @@
+"""The parser of options: every error names the option and the remedy; defaults, limits, round trips."""
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_dvlm.params import (
+    REMASKING,
+    DenoiseParams,
+    ServerSettings,
+    check_lengths,
+    resolve,
+)
+from vllm_dvlm.terms import Plan
+
+SERVER = ServerSettings(max_canvas_length=64)
+
+
+def refused(match, options=None, max_tokens=16, settings=SERVER):
+    with pytest.raises(ValueError, match=match):
+        resolve(options, max_tokens, settings)
+
+
+# -- what is derived -------------------------------------------------------------------------------------------
+
+
+def test_defaults():
+    resolved = resolve(None, 16, SERVER)
+    assert (resolved.canvas_len, resolved.block_len, resolved.max_steps, resolved.num_blocks) == (16, 16, 16, 1)
+    assert resolved.options == DenoiseParams()
+    assert resolved.plan(100, 3) == Plan(100, 16, 3, 16, 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "max_tokens", "canvas", "block", "steps"),
+    [
+        ({"diffusion_block_length": 8}, 20, 24, 8, 24),
+        ({"diffusion_block_length": 8, "diffusion_max_steps": 6}, 20, 24, 8, 6),
+        ({"diffusion_canvas_length": 32}, 5, 32, 32, 32),
+        ({"diffusion_canvas_length": 32, "diffusion_max_steps": 64}, None, 32, 32, 64),
+        ({}, None, 64, 64, 64),  # no limit: the largest canvas
+        ({"diffusion_block_length": 24}, 4000, 48, 24, 48),  # cut to whole blocks within the server's limit
+        ({"diffusion_canvas_length": 16.0}, 16, 16, 16, 16),  # HTTP clients may write integers so
+        ({"diffusion_canvas_length": None}, 16, 16, 16, 16),
+    ],
+)
+def test_lengths(options, max_tokens, canvas, block, steps):
+    resolved = resolve(options, max_tokens, SERVER)
+    assert (resolved.canvas_len, resolved.block_len, resolved.max_steps) == (canvas, block, steps)
+    assert resolved.max_tokens == (canvas if max_tokens is None else max_tokens)
+
+
+@given(
+    st.integers(1, 64),
+    st.none() | st.integers(1, 64),
+    st.none() | st.integers(1, 64),
+    st.none() | st.integers(1, 130),
+    st.none() | st.sampled_from([0.5, 1.0]),
+)
+def test_whatever_is_accepted_is_whole(max_tokens, canvas, block, steps, threshold):
+    options = {
+        "diffusion_canvas_length": canvas,
+        "diffusion_block_length": block,
+        "diffusion_max_steps": steps,
+        "diffusion_threshold": threshold,
+    }
+    try:
+        resolved = resolve(options, max_tokens, SERVER)
+    except ValueError as error:
+        assert str(error).startswith("diffusion_")
+        return
+    assert 1 <= resolved.canvas_len <= 64
+    assert resolved.canvas_len == (canvas or resolved.canvas_len)
+    assert resolved.canvas_len % resolved.block_len == 0 and resolved.max_steps % resolved.num_blocks == 0
+    plan = resolved.plan(10, 0)
+    assert (plan.steps_per_block is None) == (threshold is not None)
+    assert plan.steps_per_block is None or plan.steps_per_block * resolved.num_blocks == resolved.max_steps
+    assert 1 <= resolved.max_new_tokens(0) <= max(max_tokens, resolved.canvas_len)
+
+
+@pytest.mark.parametrize(("max_tokens", "allowed"), [(5, 5), (15, 15), (16, 19), (100, 19), (None, 19)])
+def test_suffix_does_not_count_against_max_tokens(max_tokens, allowed):
+    assert resolve({"diffusion_canvas_length": 16}, max_tokens, SERVER).max_new_tokens(suffix_len=3) == allowed
+
+
+def test_every_option_is_documented_and_parsed():
+    for field in fields(DenoiseParams):
+        assert field.metadata["doc"] and field.metadata["values"]
+        given = {field.name: getattr(DenoiseParams(), field.name)}
+        assert resolve(given, 16, SERVER) == resolve({}, 16, SERVER), field.name
+
+
+@pytest.mark.parametrize("name", REMASKING)
+def test_remasking_names(name):
+    assert resolve({"diffusion_remasking": name}, 16, SERVER).options.diffusion_remasking == name
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("diffusion_canvas_lenght", "diffusion_canvas_length"),
+        ("block_length", "diffusion_block_length"),
+        ("diffusion_steps", "diffusion_max_steps"),
+        ("prune_keep_ration", "prune_keep_ratio"),
+        ("treshold", "diffusion_threshold"),
+    ],
+)
+def test_unknown_options_name_the_nearest(misspelt, meant):
+    refused(rf"^{misspelt} is not a known option; did you mean {meant}\? Known: diffusion_", {misspelt: 1})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("diffusion_canvas_length", 0, "an integer ≥ 1, not 0"),
+        ("diffusion_canvas_length", 2.5, "an integer ≥ 1, not 2.5"),
+        ("diffusion_canvas_length", "16", "an integer ≥ 1, not '16'"),
+        ("diffusion_block_length", True, "an integer ≥ 1, not True"),
+        ("diffusion_max_steps", -4, "an integer ≥ 1, not -4"),
+        ("diffusion_refresh_interval", None, "an integer ≥ 1, not None"),
+        ("diffusion_threshold", 0, "a number > 0, not 0"),
+        ("diffusion_threshold", float("nan"), "a number > 0, not nan"),
+        ("diffusion_threshold", "high", "a number > 0, not 'high'"),
+        ("diffusion_remasking", "confidence", "one of low_confidence, random, entropy, margin"),
+        ("diffusion_remasking", 3, "one of low_confidence, random, entropy, margin"),
+        ("diffusion_suffix", 7, "text, not 7"),
+        ("diffusion_suffix", [1, 2], "text, not"),
+        ("diffusion_stream", "all", "one of committed, provisional"),
+        ("diffusion_schedule", "linear", "one of uniform, cosine, shift, logit_normal"),
+        ("diffusion_cfg_scale", -1, "a number ≥ 0, not -1"),
+        ("diffusion_trace", 2, "0 or 1, not 2"),
+        ("diffusion_trace", "yes", "0 or 1, not 'yes'"),
+        ("prune_keep_ratio", 0, r"a number in \(0, 1\], not 0"),
+        ("prune_keep_ratio", 1.5, r"a number in \(0, 1\], not 1.5"),
+        ("prune_layer", 0, "an integer ≥ 1, not 0"),
+        ("prune_positions", "stay", "one of renumber, keep"),
+    ],
+)
+def test_ill_typed_values_name_the_allowed_ones(option, value, allowed):
+    refused(f"^{option} must be {allowed}", {option: value})
+
+
+def test_nearest_value_is_named():
+    refused("did you mean 'low_confidence'", {"diffusion_remasking": "low-confidence"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"diffusion_block_length": 6, "diffusion_canvas_length": 16}, "does not divide .* for example 4"),
+        ({"diffusion_block_length": 20, "diffusion_canvas_length": 16}, "does not divide .* for example 16"),
+        ({"diffusion_block_length": 4, "diffusion_max_steps": 3}, "multiple of the number of blocks, 4 .*nearest is 4"),
+        ({"diffusion_block_length": 4, "diffusion_max_steps": 11}, "multiple of the number of blocks, 4 .*nearest is 12"),
+        ({"diffusion_canvas_length": 65}, 'larger than .* 64; .* "max_canvas_length": 65'),
+        ({"diffusion_block_length": 65}, "diffusion_block_length 65 is larger than .* 64"),
+        ({"diffusion_cfg_scale": 0.5}, "not supported yet; leave it at 0"),
+        ({"diffusion_schedule": "cosine"}, "use 'uniform'"),
+        ({"diffusion_schedule_shift": 0.3}, "use 'uniform'"),
+        ({"diffusion_stream": "provisional"}, "only 'committed'"),
+        ({"diffusion_trace": 1}, "trace_dir"),
+        ({"prune_layer": 2}, "prune_layer belongs to prune_method 'fastv'"),
+        ({"prune_method": "random", "prune_rows": "all"}, "prune_rows 'all' does not go with"),
+    ],
+)
+def test_contradictions_name_a_remedy(options, message):
+    refused(message, options)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_a_canvas_needs_a_position(max_tokens):
+    refused("max_tokens must be at least 1", max_tokens=max_tokens)
+
+
+def test_prune_layer_must_leave_a_layer():
+    settings = replace(SERVER, num_layers=4)
+    options = {"prune_method": "fastv", "prune_layer": 3}
+    assert resolve(options, 16, settings).prune_after_layers(4) == 3
+    refused("prune_layer must be from 1 to 3, not 4", options | {"prune_layer": 4}, settings=settings)
+    assert resolve({"prune_method": "fastv"}, 16, settings).prune_after_layers(4) == 2
+
+
+def test_lengths_of_prompt_and_canvas():
+    plan = resolve({"diffusion_canvas_length": 60}, None, SERVER).plan(100, 4)
+    assert check_lengths(plan, 164, SERVER) is None
+    assert "exceed the model's 163 positions" in check_lengths(plan, 163, SERVER)
+    longer = resolve({"diffusion_canvas_length": 60}, None, SERVER).plan(100, 5)
+    assert "exceed the server's max_canvas_length 64" in check_lengths(longer, 1000, SERVER)
+
+
+def test_pruned_plan():
+    def pruned(num_visual=80, **options):
+        resolved = resolve(options, 16, SERVER)
+        return resolved.pruned_plan(resolved.plan(100, 0), num_visual)
+
+    assert pruned(prune_method="random", prune_keep_ratio=0.25).prompt_len == 100 - 80 + 20
+    assert pruned(prune_method="none") is None
+    assert pruned(prune_method="random", prune_keep_ratio=1.0) is None, "off equals absent"
+    assert pruned(num_visual=0, prune_method="random") is None
+
+
+# -- server settings -------------------------------------------------------------------------------------------
+
+
+def test_server_settings():
+    raw = {"max_canvas_length": 32, "trace_dir": "traces", "diffusion_block_length": 8, "cpu_dtype": "bfloat16"}
+    settings = ServerSettings.from_additional_config({"dvlm": raw, "other": 1})
+    assert (settings.max_canvas_length, settings.trace_dir, settings.cpu_dtype) == (32, "traces", "bfloat16")
+    assert settings.defaults == DenoiseParams(diffusion_block_length=8)
+    assert resolve({}, 16, settings).block_len == 8
+    assert resolve({"diffusion_block_length": 4}, 16, settings).block_len == 4, "a request's own value wins"
+    assert ServerSettings.from_additional_config(None) == ServerSettings.from_additional_config({}) == ServerSettings()
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ([1], "must be an object of settings, not list"),
+        ({"max_canvas_len": 3}, "max_canvas_len is not a known server setting; did you mean max_canvas_length"),
+        ({"diffusion_treshold": 3}, "did you mean diffusion_threshold"),
+        ({"max_canvas_length": 0}, "max_canvas_length must be an integer ≥ 1"),
+        ({"max_canvas_length": None}, "max_canvas_length must be an integer ≥ 1"),
+        ({"max_image_tiles": "many"}, "max_image_tiles must be an integer ≥ 1"),
+        ({"trace_dir": 3}, "trace_dir must be a path"),
+        ({"cpu_dtype": "float16"}, "cpu_dtype must be one of float32, bfloat16"),
+        ({"logits_chunk_bytes": 0}, "logits_chunk_bytes must be an integer ≥ 1"),
+        ({"diffusion_remasking": "best"}, "diffusion_remasking must be one of"),
+    ],
+)
+def test_server_settings_are_strict(raw, message):
+    with pytest.raises(ValueError, match=message):
+        ServerSettings.from_additional_config({"dvlm": raw})
+
+
+defaults = st.builds(
+    DenoiseParams,
+    diffusion_block_length=st.none() | st.integers(1, 64),
+    diffusion_threshold=st.none() | st.floats(0.001, 9),
+    diffusion_remasking=st.sampled_from(REMASKING),
+    diffusion_suffix=st.text(max_size=9),
+    prune_keep_ratio=st.floats(0.01, 1),
+    diffusion_trace=st.sampled_from([0, 1]),
+)
+servers = st.builds(
+    ServerSettings,
+    defaults=defaults,
+    max_canvas_length=st.integers(1, 5000),
+    max_image_tiles=st.none() | st.integers(1, 99),
+    trace_dir=st.none() | st.text(max_size=9),
+    logits_chunk_bytes=st.none() | st.integers(1, 2**40),
+    cpu_dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+
+
+@given(servers)
+def test_settings_travel_in_a_name(settings):
+    name = settings.to_name()
+    assert f"Options_{name}".isidentifier()
+    assert ServerSettings.from_name(name) == settings

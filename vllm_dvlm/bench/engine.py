@@ -1,0 +1,110 @@
+"""`vllm-dvlm bench engine`: the engine's figures N1, N2, N3, N4, N9 and N10 in one run on one machine.
+
+Two child processes, one per model size, each with one engine and its baselines; see `engine_measure`.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vllm_dvlm.bench import engine_env
+from vllm_dvlm.bench.checkpoint_files import Sizes
+from vllm_dvlm.bench.common import Row, add_output_arguments, format_table, report
+from vllm_dvlm.bench.engine_job import Job, Result, check_goldens, default_goldens
+
+MID = Sizes(hidden=512, layers=8, heads=8, intermediate=1536)
+MID_QUICK = Sizes(hidden=256, layers=4, heads=4, intermediate=768)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_output_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="smaller models, fewer repeats, N1 on text cases only")
+    parser.add_argument(
+        "--goldens", metavar="FOLDER", type=Path, help="recordings for N1 (default: tests/golden/llada_v)"
+    )
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of engine and baselines")
+    parser.add_argument("--repeats", type=int, help="of every timing (default 3, with --quick 2)")
+    parser.add_argument("--canvas-length", type=int, default=32, help="of N9")
+    parser.add_argument("--threshold", type=float, default=1.0, help="factor of N9")
+    parser.add_argument("--logit-std", type=float, default=3.6, help="confidence of the random model in N9")
+    parser.add_argument("--only", choices=("tiny", "mid"), help="one of the two models")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _measure(name: str, job: Job) -> Result:
+    """In the child: heavy imports happen here, under the environment that the parent has set."""
+    from vllm_dvlm.bench import engine_measure
+
+    return {"tiny": engine_measure.measure_tiny, "mid": engine_measure.measure_mid}[name](job)
+
+
+def _run_child(name: str, job: Job) -> Result:
+    # Spawned: a fresh process has a fresh OpenMP pool and its own peak memory.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure, name, job).result()
+
+
+def draw_growth(growth: list[Row]) -> Any:
+    """A function that plots time per step against what grows, for `common.write_png`."""
+
+    def draw(axes: Any) -> None:
+        for what, unit in (("canvas", "positions"), ("prompt", "tokens of the question"), ("batch", "requests")):
+            points = [row for row in growth if row["grows"] == what]
+            axes.plot([p[what] for p in points], [p["step_ms"] for p in points], marker="o", label=f"{what} ({unit})")
+        axes.set(xscale="log", yscale="log", xlabel="size", ylabel="ms per engine step", title="Time of an engine step")
+        axes.set_xscale("log", base=2)
+        axes.legend()
+
+    return draw
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and report. ValueError for arguments that cannot be met."""
+    if arguments.threads < 1 or (arguments.repeats is not None and arguments.repeats < 1):
+        raise ValueError("--threads and --repeats must be at least 1.")
+    engine_env.prepare(arguments.threads)
+    goldens = arguments.goldens.resolve() if arguments.goldens else default_goldens()
+    if goldens is not None:
+        check_goldens(goldens)
+    quick = arguments.quick
+    rows, growth, figures, description = [], [], {}, {}
+    with tempfile.TemporaryDirectory(prefix="vllm-dvlm-bench-") as workdir:
+        job = Job(
+            workdir=workdir,
+            seed=arguments.seed,
+            repeats=arguments.repeats or (2 if quick else 3),
+            num_requests=200 if quick else 1000,
+            official_steps=1 if quick else 2,
+            canvas_length=arguments.canvas_length,
+            mid_sizes=MID_QUICK if quick else MID,
+            logit_std=arguments.logit_std,
+            threshold=arguments.threshold,
+            goldens=None if goldens is None else str(goldens),
+            quick=quick,
+        )
+        load_before = os.getloadavg()[0]
+        for name in (arguments.only,) if arguments.only else ("tiny", "mid"):
+            result = _run_child(name, job)
+            rows += result.rows
+            growth += result.growth
+            figures |= result.figures
+            description |= result.description
+    if growth:
+        print("Time of an engine step, tiny model (canvas 32, question of 64 tokens, batch 1 unless it grows)")
+        print(format_table(growth), end="\n\n")
+    rows.sort(key=lambda row: int(row["figure"][1:]))
+    if goldens is None:
+        figures["N1_token_equality"] = "not run: no tests/golden/llada_v here, name it with --goldens"
+    description |= {
+        "repeats": job.repeats,
+        "load_average_before": round(load_before, 2),
+        "mode": "quick" if quick else "full",
+    }
+    more = [{"figure": "growth"} | row for row in growth]
+    report(arguments, rows, figures, description, draw_growth(growth) if growth else None, more)

@@ -1,0 +1,34 @@
+"""The command `vllm-dvlm`. Heavy imports happen inside the subcommands, after they have set their environment."""
+
+import argparse
+import sys
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser with every subcommand; each sets `run`, a function of the parsed arguments."""
+    parser = argparse.ArgumentParser(prog="vllm-dvlm", description="Tools of vllm_dvlm; serving is `vllm serve`.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(dest="bench", required=True)
+
+    from vllm_dvlm.bench import engine
+
+    sub = bench.add_parser("engine", help="token equality, overhead, speed against plain loops, memory")
+    engine.add_arguments(sub)
+    sub.set_defaults(run=engine.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; exit code 0, or 2 with a message for arguments that cannot be met."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        print(f"vllm-dvlm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
