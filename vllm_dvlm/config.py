@@ -57,6 +57,8 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         scheduler_config.scheduler_cls = SCHEDULER
         scheduler_config.async_scheduling = False
         scheduler_config.enable_chunked_prefill = False
+        # Another way of cutting a long query.
+        scheduler_config.long_prefill_token_threshold = 0
         vllm_config.cache_config.enable_prefix_caching = False
         vllm_config.attention_config.use_non_causal = True
         if settings.max_image_tiles is not None:

@@ -85,25 +85,22 @@ class DenoiseParams:
 class ServerSettings:
     """Settings of one server, from ``--additional-config '{"dvlm": {...}}'``.
 
-    defaults: values of request options for requests that do not set them.
-    max_canvas_length: largest canvas (suffix included) that a request may ask for.
-    max_image_tiles: largest number of tiles of one image; None: no limit beyond the checkpoint's grid.
-    trace_dir: folder for traces; None: requests that ask for a trace are refused.
-    fastv_kv_groups: auto: where fastv is the default method and splits the layers evenly, the late layers get their own
-        KV cache group; one: always one group.
-    num_layers: layers of the model, filled in by the config hook for the check of ``prune_layer``.
-    cpu_dtype: float32 or bfloat16, for CPU hosts only (a GPU follows vLLM's --dtype).
-    logits_chunk_bytes: bound on the memory of vocabulary logits held at once; None: chosen by device.
+    ``defaults`` holds values of request options for requests that do not set them; in the JSON they stand beside the
+    other settings. ``num_layers`` is filled in by the config hook.
     """
 
     defaults: DenoiseParams = DenoiseParams()
-    max_canvas_length: int = 512
-    max_image_tiles: int | None = None
-    trace_dir: str | None = None
-    logits_chunk_bytes: int | None = None
-    fastv_kv_groups: str = "auto"
+    max_canvas_length: int = _setting(512, "largest canvas, suffix included, that a request may ask for", "≥ 1")
+    max_image_tiles: int | None = _setting(None, "most tiles of one image; default: the checkpoint's grid", "≥ 1")
+    trace_dir: str | None = _setting(None, "folder for traces; without it `diffusion_trace` is refused", "path")
+    logits_chunk_bytes: int | None = _setting(
+        None, "bound on vocabulary logits held at once; default: 8 to 32 MiB on a CPU, 256 MiB on a GPU", "≥ 1"
+    )
+    fastv_kv_groups: str = _setting(
+        "auto", "auto: with fastv as default method and an even split, late layers get their own KV group", "auto|one"
+    )
+    cpu_dtype: str = _setting("float32", "dtype on a CPU host (a GPU follows `--dtype`)", "float32|bfloat16")
     num_layers: int | None = None
-    cpu_dtype: str = "float32"
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> ServerSettings:

@@ -9,6 +9,7 @@ T = tokens of the sequence, R = computed rows, D = hidden width, H = heads, E = 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,14 +37,24 @@ class Result:
 
 def case_prompt(model: ReferenceModel, case: cases.Case) -> Prompt:
     """Merged prompt of a golden case."""
-    return model.merge(case.prompt_ids, model.image_features(cases.images(case)))
+    features = model.image_features(cases.images(case), case.image_aspect_ratio)
+    return model.merge(case.prompt_ids, features)
 
 
 class Decoder:
     """One request: prompt rows with their rotary positions, canvas, and the keys and values of the last refresh."""
 
-    def __init__(self, model: ReferenceModel, prompt: Prompt, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: ReferenceModel,
+        prompt: Prompt,
+        options: dict[str, Any],
+        importance: torch.Tensor | None = None,
+        refresh_also: Collection[int] = (),
+    ) -> None:
+        """importance: [N] given from outside, for methods that read no attention. refresh_also: numbers of steps."""
         self.model, self.text, self.options = model, model.text, options
+        self.importance, self.refresh_also = importance, refresh_also
         self.rows = prompt.embeddings  # [prompt, D]
         self.visual = torch.cat([torch.arange(*span) for span in prompt.visual_spans])
         self.canvas = torch.full((options["diffusion_canvas_length"],), MASK_ID)
@@ -76,7 +87,8 @@ class Decoder:
         interval, factor = self.options.get("diffusion_refresh_interval", 1), self.options.get("diffusion_threshold")
         is_first = not self.result.steps
         before = self.prompt_len
-        first = 0 if i % interval == 0 else self.prompt_len + start
+        refresh = i % interval == 0 or len(self.result.steps) in self.refresh_also
+        first = 0 if refresh else self.prompt_len + start
         hidden = self._forward(first, is_first)
         is_open = self.canvas == MASK_ID
         rows = (is_open & (torch.arange(len(self.canvas)) < end)).nonzero()[:, 0]
@@ -102,7 +114,7 @@ class Decoder:
                 "seq_len": before + len(self.canvas),
             }
         )
-        if is_first and self.options["prune_method"] == "redvtp":
+        if is_first and self.options.get("prune_method", "none") not in ("none", "fastv"):
             self._prune_after_step(set(rows[chosen].tolist()))
 
     # -- forward pass ------------------------------------------------------------------------------------------
@@ -112,7 +124,7 @@ class Decoder:
         x = torch.cat([self.rows, self.model.embed(self.canvas)])[first:]
         if first == 0:
             self.cache = []
-        fastv = is_first and self.options["prune_method"] == "fastv"
+        fastv = is_first and self.options.get("prune_method") == "fastv"
         for i in range(self.text.num_layers):
             x = self._layer(i, x, first, is_first)
             if fastv and i + 1 == self.options.get("prune_layer", self.text.num_layers // 2):
@@ -162,8 +174,9 @@ class Decoder:
 
     def _prune_after_step(self, committed: set[int]) -> None:
         if (self.canvas == MASK_ID).any():
+            given = self.importance
             attention = torch.stack(self.attention).mean(0)
-            self._prune(self._mean_over_rows(attention, committed))
+            self._prune(self._mean_over_rows(attention, committed) if given is None else given)
 
     def _prune(self, importance: torch.Tensor) -> torch.Tensor:
         """Shorten prompt, angles and cache; returns the rows [T'] of the old sequence that are left."""
@@ -185,6 +198,6 @@ class Decoder:
 
 
 @torch.inference_mode()
-def decode(model: ReferenceModel, case: cases.Case, options: dict[str, Any]) -> Result:
-    """A golden case's prompt under request options; greedy, low_confidence, without stop."""
-    return Decoder(model, case_prompt(model, case), options).run()
+def decode(model: ReferenceModel, prompt: Prompt, options: dict[str, Any], **more: Any) -> Result:
+    """A prompt under request options; greedy, low_confidence, without stop."""
+    return Decoder(model, prompt, options, **more).run()

@@ -22,7 +22,7 @@ MODEL = "tiny"
 # The golden checkpoint whose end-of-turn token took the place of word 714. Cases recorded on the plain checkpoint
 # never commit that word, so this one repeats them, too.
 BUILD_ARGS = {"seed": 0, "eot_like": 714}
-START_UP_S = 240
+START_UP_S = 400
 STOP_S = 20
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$")
 

@@ -13,7 +13,7 @@ from tests.tiny_checkpoint import content_digest
 CONFIDENCE_TOLERANCE = 5e-4
 RECORDED = cases.by_mode("plain", "fast_dllm")
 GUIDED = [case for case in RECORDED if case.uses_guidance]
-PRUNED = cases.by_mode("redvtp")
+PRUNED = cases.by_mode("redvtp")  # run in test_pruning.py
 
 
 def by_checkpoint(case):
@@ -141,13 +141,5 @@ def test_generate_takes_a_batch(engine):
 def test_guidance_is_refused(engine, case):
     engine.use(case.build_args)
     with pytest.raises(ValueError, match="diffusion_cfg_scale.*not supported yet.*leave it at 0"):
-        engine.run({case.name: request(case)})
-    assert not engine.engine.has_unfinished_requests()
-
-
-@pytest.mark.parametrize("case", PRUNED, ids=lambda case: case.name)
-def test_pruning_is_refused(engine, case):
-    engine.use(case.build_args)
-    with pytest.raises(ValueError, match="prune_method 'redvtp' is not available"):
         engine.run({case.name: request(case)})
     assert not engine.engine.has_unfinished_requests()

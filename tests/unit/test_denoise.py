@@ -192,7 +192,7 @@ def assert_official(batch):
             assert steps == outcome.steps
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(runs(), min_size=1, max_size=4))
 @example([Run(8, 4, 4, stop_ids=(3,), seed=1), Run(4, 4, 1, suffix=(9,))])
 def test_decodes_follow_the_official_rules(batch):

@@ -26,6 +26,7 @@ class LoopTiming:
     num_threads: int
     prompt_len: int
     result: LoopResult = dataclasses.field(repr=False)
+    cpu_seconds: tuple[float, ...] = ()  # one per repeat: processor time of all threads
 
     @property
     def median_s(self) -> float:
@@ -72,9 +73,7 @@ def make_prompt(
     return model.merge(prompt_ids, model.image_features(images, image_aspect_ratio))
 
 
-def exact_options(
-    canvas_length: int, max_steps: int, block_length: int | None = None
-) -> LoopOptions:
+def exact_options(canvas_length: int, max_steps: int, block_length: int | None = None) -> LoopOptions:
     """Everything recomputed in every step."""
     return LoopOptions(canvas_length, max_steps, block_length or canvas_length)
 
@@ -111,6 +110,7 @@ def _time(
     options: LoopOptions,
     num_threads: int | None,
     num_repeats: int,
+    warm_up: bool,
 ) -> LoopTiming:
     if num_repeats < 1:
         raise ValueError("num_repeats must be at least 1.")
@@ -118,13 +118,15 @@ def _time(
         import torch
 
         used_threads = torch.get_num_threads()
-        loop(model, prompt, _warm_up_options(options))
-        seconds = []
+        if warm_up:
+            loop(model, prompt, _warm_up_options(options))
+        seconds, cpu_seconds = [], []
         for _ in progress(range(num_repeats), name):
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             result = loop(model, prompt, options)
             seconds.append(time.perf_counter() - begin)
-    return LoopTiming(name, tuple(seconds), used_threads, len(prompt.embeddings), result)
+            cpu_seconds.append(time.process_time() - cpu_begin)
+    return LoopTiming(name, tuple(seconds), used_threads, len(prompt.embeddings), result, tuple(cpu_seconds))
 
 
 def time_official_loop(
@@ -134,9 +136,10 @@ def time_official_loop(
     *,
     num_threads: int | None = None,
     num_repeats: int = 3,
+    warm_up: bool = True,
     chunk_rows: int | None = None,
 ) -> LoopTiming:
-    """Time `official_loop` after a warm-up.
+    """Time `official_loop`, after a warm-up unless the caller has done one.
 
     `chunk_rows` bounds its memory, see there; None is as the original.
     """
@@ -144,7 +147,7 @@ def time_official_loop(
     def loop(model: ReferenceModel, prompt: Prompt, options: LoopOptions) -> LoopResult:
         return official_loop(model, prompt, options, chunk_rows)
 
-    return _time("official loop", loop, model, prompt, options, num_threads, num_repeats)
+    return _time("official loop", loop, model, prompt, options, num_threads, num_repeats, warm_up)
 
 
 def time_lean_loop(
@@ -154,6 +157,7 @@ def time_lean_loop(
     *,
     num_threads: int | None = None,
     num_repeats: int = 3,
+    warm_up: bool = True,
 ) -> LoopTiming:
-    """Time `lean_loop` after a warm-up."""
-    return _time("lean loop", lean_loop, model, prompt, options, num_threads, num_repeats)
+    """Time `lean_loop`, after a warm-up unless the caller has done one."""
+    return _time("lean loop", lean_loop, model, prompt, options, num_threads, num_repeats, warm_up)

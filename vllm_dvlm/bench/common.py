@@ -188,12 +188,12 @@ def report(
 ) -> None:
     """Print table, figures and description; write the files that were asked for.
 
-    `figures` keys begin with the number of the figure (N3_exact_batch1_vs_official_loop). Peak
-    memory is added. `csv_only` are rows that the table does not show.
+    `figures` keys begin with the number of the figure (N3_exact_batch1_vs_official_loop). Peak memory of this process
+    is added unless the description brings that of a child. `csv_only` are rows that the table does not show.
     """
     if arguments.png and draw is None:
         raise ValueError("This bench draws nothing: leave --png away.")
-    description = description | {"peak_rss_gib": peak_rss_bytes() / 2**30}
+    description = {"peak_rss_gib": peak_rss_bytes() / 2**30} | description
     print(format_table(rows))
     print()
     for name, value in (figures | description).items():

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, help="of every timing (default 3, with --quick 2)")
     parser.add_argument("--canvas-length", type=int, default=32, help="of N9")
     parser.add_argument("--threshold", type=float, default=1.0, help="factor of N9")
-    parser.add_argument("--logit-std", type=float, default=3.6, help="confidence of the random model in N9")
+    parser.add_argument("--logit-std", type=float, default=6.0, help="spread of the random model's logits in N9")
     parser.add_argument("--only", choices=("tiny", "mid"), help="one of the two models")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -94,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
             rows += result.rows
             growth += result.growth
             figures |= result.figures
-            description |= result.description
+            peak = max(description.get("peak_rss_gib", 0), result.peak_rss_bytes / 2**30)
+            description |= result.description | {"peak_rss_gib": peak}
     if growth:
         print("Time of an engine step, tiny model (canvas 32, question of 64 tokens, batch 1 unless it grows)")
         print(format_table(growth), end="\n\n")

@@ -4,7 +4,6 @@ Importing this module imports vLLM; set the environment of `PROCESS_ENV` first.
 """
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from vllm_dvlm.bench.engine_env import PROCESS_ENV
+from vllm_dvlm.bench.engine_job import Time
 from vllm_dvlm.worker import sampler as sampler_module
 
 Request = tuple[dict[str, Any], SamplingParams]
@@ -42,10 +42,12 @@ class Run:
 
     token_ids: list[list[int]]  # per request, as the user sees them
     steps: list[StepTime]
+    cpu_s: float  # processor time of all threads
 
     @property
-    def wall_s(self) -> float:
-        return sum(step.wall_s for step in self.steps)
+    def time(self) -> Time:
+        """Wall and processor seconds of all steps."""
+        return sum(step.wall_s for step in self.steps), self.cpu_s
 
 
 class EngineHost:
@@ -127,6 +129,7 @@ class EngineHost:
             self.engine.add_request(names[-1], prompt, params)
         done: dict[str, list[int]] = {}
         steps = []
+        cpu_begin = time.process_time()
         while self.engine.has_unfinished_requests():
             self._model_s = 0.0
             begin = time.perf_counter()
@@ -134,7 +137,7 @@ class EngineHost:
             wall = time.perf_counter() - begin
             steps.append(StepTime(wall, self._model_s))
             done |= {o.request_id: list(o.outputs[0].token_ids) for o in outputs if o.finished}
-        return Run([done[name] for name in names], steps)
+        return Run([done[name] for name in names], steps, time.process_time() - cpu_begin)
 
     def decode(self, requests: Sequence[Request]) -> Run:
         """`run`, and RuntimeError if an image was encoded meanwhile: warm the encoder cache first."""
@@ -152,12 +155,12 @@ def request(prompt: dict[str, Any], canvas_length: int, **options: Any) -> Reque
     return prompt, SamplingParams(temperature=0, max_tokens=canvas_length, extra_args=extra_args)
 
 
-def model_shape(folder: Path) -> str:
-    """Sizes of a checkpoint in words."""
-    config = json.loads((folder / "config.json").read_text())
+def model_shape(config: dict[str, Any]) -> str:
+    """Sizes of a checkpoint in words, from its config.json."""
     names = {
         "hidden_size": "hidden",
         "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
         "intermediate_size": "MLP",
         "vocab_size": "vocabulary",
     }

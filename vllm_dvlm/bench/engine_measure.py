@@ -19,8 +19,8 @@ from PIL import Image
 from vllm_dvlm.bench import baselines
 from vllm_dvlm.bench.baselines import LoopTiming, cached_options, exact_options, time_lean_loop, time_official_loop
 from vllm_dvlm.bench.common import describe_run, peak_rss_bytes, progress
-from vllm_dvlm.bench.engine_host import EngineHost, Run, StepTime, model_shape, request
-from vllm_dvlm.bench.engine_job import Job, Result
+from vllm_dvlm.bench.engine_host import EngineHost, StepTime, model_shape, request
+from vllm_dvlm.bench.engine_job import Job, Result, Time
 from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
 from vllm_dvlm.bench.reference.model import Prompt, ReferenceModel, conversation
 
@@ -42,34 +42,62 @@ def words(count: int) -> str:
 
 @dataclasses.dataclass
 class Side:
-    """One checkpoint in the engine and in the reference model, with an image prompt of both."""
+    """One checkpoint in the engine and in the reference model, with an image prompt of both.
 
+    engine_peak_bytes: peak resident memory after a batch of image requests, before the reference model is loaded.
+    """
+
+    name: str
     host: EngineHost
+    engine_peak_bytes: int
     model: ReferenceModel
-    folder: Path
     engine_prompt: dict[str, Any]
     prompt: Prompt
     reference_encode_s: float
 
     @classmethod
-    def start(cls, folder: Path, image: Image.Image, max_num_seqs: int) -> "Side":
+    def start(cls, name: str, folder: Path, image: Image.Image, max_num_seqs: int) -> "Side":
         host = EngineHost(folder, max_model_len=4096, max_num_seqs=max_num_seqs, max_canvas_length=128)
+        engine_prompt = {"prompt": conversation(QUESTION), "multi_modal_data": {"image": image}}
+        # Warms up, fills the encoder cache, and reaches the engine's peak memory.
+        host.run([request(engine_prompt, 4, max_steps=2)] * BATCH)
+        engine_peak = peak_rss_bytes()
         model = ReferenceModel.load(folder)
         begin = time.perf_counter()
         model.image_features([image])
         encode_s = time.perf_counter() - begin
         prompt = baselines.make_prompt(model, QUESTION, [image])
-        engine_prompt = {"prompt": conversation(QUESTION), "multi_modal_data": {"image": image}}
-        host.run([request(engine_prompt, 4, max_steps=2)])  # warm up, and fill the encoder cache
-        return cls(host, model, folder, engine_prompt, prompt, encode_s)
+        return cls(name, host, engine_peak, model, engine_prompt, prompt, encode_s)
 
-    def setting(self, name: str, more: str) -> str:
-        return f"{name} ({model_shape(self.folder)}), prompt {len(self.prompt.embeddings)}, {more}"
+    def setting(self, more: str) -> str:
+        return f"{self.name}, image prompt of {len(self.prompt.embeddings)}, {more}"
+
+    def finish(self, result: Result, job: Job) -> Result:
+        """Add what describes the whole process."""
+        suffix = "" if self.name == "tiny" else f"_{self.name}"
+        setting = f"{self.name}, engine after {BATCH} image requests together, before baselines are loaded"
+        result.value(f"N10_peak_rss_bytes{suffix}", setting, self.engine_peak_bytes)
+        result.description = describe_run("float32", job.seed) | {f"model_{self.name}": model_shape(self.model.config)}
+        result.peak_rss_bytes = peak_rss_bytes()
+        return result
 
 
-def official_generation_s(timing: LoopTiming, num_steps: int) -> list[float]:
-    """Seconds of a whole generation: every step of that loop computes every row, so they all cost the same."""
-    return [seconds * num_steps / timing.num_forwards for seconds in timing.seconds]
+def loop_times(timing: LoopTiming) -> list[Time]:
+    """Wall and processor seconds of each repeat."""
+    return list(zip(timing.seconds, timing.cpu_seconds, strict=True))
+
+
+def time_official(side: "Side", job: Job, canvas: int, num_steps: int, warm_up: bool) -> list[Time]:
+    """Seconds of a whole generation by the official loop, from `job.official_steps` steps of it.
+
+    Every step of that loop computes every row of the sequence over the whole vocabulary, so all cost the same.
+    """
+    options = exact_options(canvas, job.official_steps)
+    timing = time_official_loop(
+        side.model, side.prompt, options, num_repeats=1, chunk_rows=OFFICIAL_CHUNK_ROWS, warm_up=warm_up
+    )
+    share = num_steps / timing.num_forwards
+    return [(wall * share, cpu * share) for wall, cpu in loop_times(timing)]
 
 
 def overhead_ms(steps: Sequence[StepTime]) -> float:
@@ -81,28 +109,23 @@ def overhead_ms(steps: Sequence[StepTime]) -> float:
     return 1000 * statistics.median(step.overhead_s for step in steps)
 
 
-def measure_exact(side: Side, name: str, job: Job, canvas: int, num_steps: int, result: Result) -> list[StepTime]:
+def measure_exact(side: Side, job: Job, canvas: int, num_steps: int, result: Result) -> list[StepTime]:
     """N3: exact mode at batch 1 against both loops. Returns the engine's steps."""
     work = [request(side.engine_prompt, canvas, max_steps=num_steps)]
     ours, lean, official, steps, equal = [], [], [], [], True
     side.host.decode(work)
-    for _ in progress(range(job.repeats), f"N3 {name}"):
+    for repeat in progress(range(job.repeats), f"N3 {side.name}"):
         run = side.host.decode(work)
-        ours.append(run.wall_s)
+        ours.append(run.time)
         steps += run.steps
-        loop = time_lean_loop(side.model, side.prompt, exact_options(canvas, num_steps), num_repeats=1)
-        lean += loop.seconds
-        equal &= run.token_ids == [loop.result.final_ids]
-        loop = time_official_loop(
-            side.model,
-            side.prompt,
-            exact_options(canvas, job.official_steps),
-            num_repeats=1,
-            chunk_rows=OFFICIAL_CHUNK_ROWS,
+        loop = time_lean_loop(
+            side.model, side.prompt, exact_options(canvas, num_steps), num_repeats=1, warm_up=repeat == 0
         )
-        official += official_generation_s(loop, num_steps)
-    setting = side.setting(name, f"canvas {canvas}, {num_steps} steps")
-    suffix = "" if name == "tiny" else f"_{name}"
+        lean += loop_times(loop)
+        equal &= run.token_ids == [loop.result.final_ids]
+        official += time_official(side, job, canvas, num_steps, repeat == 0)
+    setting = side.setting(f"canvas {canvas}, {num_steps} steps")
+    suffix = "" if side.name == "tiny" else f"_{side.name}"
     result.ratio(f"N3_exact_batch1_vs_official_loop{suffix}", setting, ours, official, "official loop", 1.1)
     result.ratio(f"N3_exact_batch1_vs_lean_loop{suffix}", setting, ours, lean, "lean loop", 0.95)
     result.figures[f"N3_tokens_equal_lean_loop{suffix}"] = equal
@@ -119,9 +142,10 @@ def measure_batch(
     host.decode(work)
     for _ in progress(range(repeats), key):
         run = host.decode(work)
-        together.append(run.wall_s)
+        together.append(run.time)
         steps += run.steps
-        alone.append(sum(host.decode([one]).wall_s for one in work))
+        times = [host.decode([one]).time for one in work]
+        alone.append((sum(wall for wall, _ in times), sum(cpu for _, cpu in times)))
     result.ratio(key, setting, together, alone, "one after another", target)
     return steps
 
@@ -191,21 +215,15 @@ def measure_tiny(job: Job) -> Result:
     """N1 to N4 and N10 on the smallest model, where fixed costs show, and how a step's time grows."""
     result = Result()
     folder = write_random_checkpoint(Path(job.workdir) / "tiny", seed=job.seed)
-    side = Side.start(folder, make_image(360, 70, job.seed), max_num_seqs=16)
-    result.description = describe_run("float32", job.seed)
-    steps = measure_exact(side, "tiny", job, 16, 16, result)
-    run: Run | None = None
+    side = Side.start("tiny", folder, make_image(360, 70, job.seed), max_num_seqs=16)
+    steps = measure_exact(side, job, 16, 16, result)
     work = [request(side.engine_prompt, 16, max_steps=16)] * BATCH
-    steps_of_batch: list[StepTime] = []
-    for _ in range(job.repeats):
-        run = side.host.decode(work)
-        steps_of_batch += run.steps
+    steps_of_batch = [step for _ in range(job.repeats) for step in side.host.decode(work).steps]
     for batch, measured, target in ((1, steps, 5), (BATCH, steps_of_batch, 12)):
         value = overhead_ms(measured)
-        setting = side.setting("tiny", f"batch {batch}")
         result.value(
             f"N2_overhead_ms_batch{batch}",
-            setting,
+            side.setting(f"batch {batch}, per step"),
             value,
             f"<= {target} ms",
             value <= target,
@@ -214,8 +232,7 @@ def measure_tiny(job: Job) -> Result:
     text = text_prompt(8)
     shared = [request(text, 32, block_length=4, max_steps=32, refresh_interval=32)] * BATCH
     plain = [request(text, 32)] * BATCH
-    side.host.run(plain[:1])
-    shape = f"tiny ({model_shape(folder)}), text prompt, canvas 32"
+    shape = "tiny, text prompt, canvas 32"
     measure_batch(
         side.host, "N4_batch8_vs_sequential_tiny", f"{shape}, blocks of 4, refresh 32", shared, job.repeats, 3, result
     )
@@ -234,33 +251,27 @@ def measure_tiny(job: Job) -> Result:
         from vllm_dvlm.bench.golden_equality import measure_equality
 
         measure_equality(side.host, Path(job.goldens), Path(job.workdir), job.quick, result)
-    result.value("N10_peak_rss_bytes", "tiny: engine, reference model and benchmark in one process", peak_rss_bytes())
-    return result
+    return side.finish(result, job)
 
 
 def measure_mid(job: Job) -> Result:
     """N3, N4 and N9 on a model whose forward dominates."""
     result = Result()
     folder = write_random_checkpoint(Path(job.workdir) / "mid", job.mid_sizes, seed=job.seed, logit_std=job.logit_std)
-    side = Side.start(folder, make_image(97, 61, job.seed), max_num_seqs=BATCH)
-    result.description = describe_run("float32", job.seed)
-    measure_exact(side, "mid", job, 16, 4, result)
+    side = Side.start("mid", folder, make_image(97, 61, job.seed), max_num_seqs=BATCH)
+    measure_exact(side, job, 16, 4, result)
     measure_cached(side, job, result)
     text = text_prompt(8)
-    shape = f"mid ({model_shape(folder)}), text prompt, canvas 32, one block, exact"
-    measure_batch(
-        side.host,
-        "N4_batch8_vs_sequential_saturated",
-        shape,
-        [request(text, 32, max_steps=4)] * BATCH,
-        job.repeats,
-        1.2,
-        result,
-    )
-    result.value(
-        "N10_peak_rss_bytes_mid", "mid: engine, reference model and benchmark in one process", peak_rss_bytes()
-    )
-    return result
+    settings = {
+        # Few rows per step: a batch shares the reading of the weights.
+        "": ("blocks of 8, refresh 32, 16 steps", {"block_length": 8, "refresh_interval": 32, "max_steps": 16}, 1.2),
+        "_default": ("one block, exact, 4 steps", {"max_steps": 4}, None),
+    }
+    for suffix, (how, options, target) in settings.items():
+        work = [request(text, 32, **options)] * BATCH
+        key = "N4_batch8_vs_sequential_saturated" + suffix
+        measure_batch(side.host, key, f"mid, text prompt, canvas 32, {how}", work, job.repeats, target, result)
+    return side.finish(result, job)
 
 
 def measure_cached(side: Side, job: Job, result: Result) -> None:
@@ -272,28 +283,21 @@ def measure_cached(side: Side, job: Job, result: Result) -> None:
     side.host.decode([cached])
     for _ in progress(range(max(1, job.repeats - 1)), "N9"):
         run = side.host.decode([cached])
-        ours.append(run.wall_s)
-        without_threshold.append(side.host.decode([cache_only]).wall_s)
+        ours.append(run.time)
+        without_threshold.append(side.host.decode([cache_only]).time)
         mine = time_lean_loop(side.model, side.prompt, cached_options(canvas, threshold=job.threshold), num_repeats=1)
-        same_mode += mine.seconds
+        same_mode += loop_times(mine)
         equal &= run.token_ids == [mine.result.final_ids]
-        lean += time_lean_loop(side.model, side.prompt, exact, num_repeats=1).seconds
-        loop = time_official_loop(
-            side.model,
-            side.prompt,
-            exact_options(canvas, job.official_steps),
-            num_repeats=1,
-            chunk_rows=OFFICIAL_CHUNK_ROWS,
-        )
-        official += official_generation_s(loop, canvas)
+        lean += loop_times(time_lean_loop(side.model, side.prompt, exact, num_repeats=1, warm_up=False))
+        official += time_official(side, job, canvas, canvas, False)
     more = (
         f"canvas {canvas}, refresh 32, threshold {job.threshold:g}, {len(run.steps)} steps, logit_std {job.logit_std:g}"
     )
-    setting = side.setting("mid", more)
+    setting = side.setting(more)
     result.ratio("N9_cached_threshold_vs_official_loop", setting, ours, official, "official loop, exact", 10)
     result.ratio("N9_cached_threshold_vs_lean_loop", setting, ours, lean, "lean loop, exact", 6)
     result.ratio("N9_cached_threshold_vs_lean_loop_same_mode", setting, ours, same_mode, "lean loop, same mode", None)
-    cached_setting = side.setting("mid", f"canvas {canvas}, refresh 32, no threshold, {canvas} steps")
+    cached_setting = side.setting(f"canvas {canvas}, refresh 32, no threshold, {canvas} steps")
     result.ratio("N9_cached_vs_lean_loop", cached_setting, without_threshold, lean, "lean loop, exact", None)
     result.figures["N9_tokens_equal_lean_loop_same_mode"] = equal
     result.figures["N9_num_denoise_steps"] = len(run.steps)

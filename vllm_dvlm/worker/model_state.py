@@ -43,9 +43,9 @@ logger = init_logger(__name__)
 
 # vLLM's GPU warm-up sends scheduler-like steps for requests of this name; their lengths follow no plan of ours.
 WARMUP_PREFIX = "_warmup_"
-# A stashed request is a few kB. One that was preempted waits at the head of the queue, so thousands of aborts would
+# A stashed request is a few kB. One that was preempted waits at the head of the queue, so a thousand aborts would
 # have to pass it before it is forgotten.
-MAX_STASHED = 4096
+MAX_STASHED = 1024
 
 
 @dataclass

@@ -99,7 +99,9 @@ class StepPruner:
         self._rows = None
         for b, req_idx in enumerate(input_batch.idx_mapping_np.tolist()):
             slot = self.state.slots.get(req_idx)
-            if slot is None or slot.pruned_plan is None or slot.num_steps > 0:
+            if slot is None or slot.req_id != input_batch.req_ids[b]:
+                continue  # a dummy batch
+            if slot.pruned_plan is None or slot.num_steps > 0:
                 continue
             self.jobs.append(self._job(slot, b, req_idx, int(input_batch.query_start_loc_np[b])))
 

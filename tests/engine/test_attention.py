@@ -1,0 +1,139 @@
+"""Every row attends to every row of its own request, and to no other: numbers, not flags.
+
+The live engine's attention layers and hidden states against dense float64 references, per attention backend that runs
+on this host; a backend that quietly ignored ``causal=False`` would fail here, not only write nonsense.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from tests.golden import cases
+
+TEXT, CACHED, IMAGE = "a1_text_single_block", "g10_fast_text_r8_thr1", "b1_image_steps_eq_gen"
+HEAD_SIZE, NUM_HEADS, MASK_ID = 16, 4, 126336
+
+
+@dataclass
+class Step:
+    """One forward pass. calls: per layer (q, k, v, out), each [N, heads * padded size]; hidden: [N, hidden]."""
+
+    req_ids: list[str]
+    first_row: list[int]
+    num_computed: list[int]
+    calls: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    hidden: torch.Tensor | None = None
+
+    def rows(self, request):
+        return slice(self.first_row[request], self.first_row[request + 1])
+
+
+@pytest.fixture
+def recorded_steps(engine, monkeypatch):
+    """Forward passes of the live engine, as they happen."""
+    steps, prepare = [], engine.model_state.prepare_attn
+
+    def prepare_attn(input_batch, *args, **kwargs):
+        starts = input_batch.query_start_loc_np[: input_batch.num_reqs + 1].tolist()
+        computed = input_batch.num_computed_tokens_np[: input_batch.num_reqs].tolist()
+        steps.append(Step(list(input_batch.req_ids), starts, computed))
+        return prepare(input_batch, *args, **kwargs)
+
+    monkeypatch.setattr(engine.model_state, "prepare_attn", prepare_attn)
+
+    def on_attention(module, inputs, out):
+        steps[-1].calls.append(tuple(x.double().clone() for x in (*inputs, out)))
+
+    def on_model(module, inputs, out):
+        steps[-1].hidden = out.double().clone()
+
+    layers = [layer.self_attn.attn for layer in engine.model.model.layers]
+    handles = [layer.register_forward_hook(on_attention) for layer in layers]
+    handles.append(engine.model.model.register_forward_hook(on_model))
+    yield steps
+    for handle in handles:
+        handle.remove()
+
+
+def request(name):
+    from tests.engine.engines import case_params, case_prompt
+
+    return case_prompt(cases.load(name)), case_params(cases.load(name))
+
+
+def dense_attention(q, k, v, causal):
+    """[N, heads * size] float64 of q [N, ...] that ends where k and v [T, ...] end."""
+    q, k, v = (x.unflatten(1, (NUM_HEADS, -1)).transpose(0, 1) for x in (q, k, v))
+    scores = q @ k.transpose(1, 2) * HEAD_SIZE**-0.5
+    if causal:
+        above = torch.ones(scores.shape[1:], dtype=torch.bool).triu(k.shape[1] - q.shape[1] + 1)
+        scores = scores.masked_fill(above, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def assert_bidirectional(steps):
+    """Every call of every layer; cached keys are those of the request's last whole forward. Returns cached steps."""
+    cache, num_cached = {}, 0
+    for step in steps:
+        assert len(step.calls) == 4
+        for r, req_id in enumerate(step.req_ids):
+            rows, start = step.rows(r), step.num_computed[r]
+            num_cached += start > 0
+            for layer, call in enumerate(step.calls):
+                q, k, v, out = (x[rows] for x in call)
+                if start:
+                    old_k, old_v = cache[req_id, layer]
+                    k, v = torch.cat([old_k[:start], k]), torch.cat([old_v[:start], v])
+                cache[req_id, layer] = (k, v)
+                assert (out - dense_attention(q, k, v, causal=False)).abs().max() < 1e-4
+                assert (out - dense_attention(q, k, v, causal=True)).abs().max() > 1e-2
+    return num_cached
+
+
+def test_backends_of_this_host(engine):
+    """What the other tests run on. Another backend belongs into this list once it has passed them."""
+    backends = {group.backend.get_name() for groups in engine.runner.attn_groups for group in groups}
+    assert backends <= {"CPU_ATTN"}
+    # Heads of 16 channels run in kernels of 32: the padding takes part in every number below.
+    assert {layer.self_attn.padded_dim for layer in engine.model.model.layers} == {32}
+    assert {layer.self_attn.head_dim for layer in engine.model.model.layers} == {HEAD_SIZE}
+
+
+def test_attention_layers(engine, recorded_steps):
+    engine.use({"seed": 0})
+    engine.run({name: request(name) for name in (TEXT, CACHED, IMAGE)})
+    assert len(recorded_steps[0].req_ids) == 3
+    assert assert_bidirectional(recorded_steps) >= 16
+    for step in recorded_steps:
+        for call in step.calls:
+            padding = call[3].unflatten(1, (NUM_HEADS, -1))[..., HEAD_SIZE:]
+            assert not padding.any()
+
+
+def test_hidden_states_of_a_request(engine, recorded_steps, checkpoint):
+    """The whole model: all rows, prompt included, in whole and in cached steps, among another request's rows."""
+    from vllm_dvlm.bench.reference.model import KVCache, ReferenceModel, _rms_norm
+
+    engine.use({"seed": 0})
+    case = cases.load(CACHED)
+    engine.run({TEXT: request(TEXT), CACHED: request(CACHED)})
+    model = ReferenceModel.load(checkpoint(seed=0), torch.float64)
+    canvas = [MASK_ID] * case.settings["gen_length"]
+    own = [(step, r) for step in recorded_steps for r, i in enumerate(step.req_ids) if i.startswith(CACHED)]
+    assert len(own) == len(case.steps)
+    kinds = set()
+    for (step, r), recorded in zip(own, case.steps, strict=True):
+        start = step.num_computed[r]
+        kinds.add(start)
+        with torch.inference_mode():
+            if start == 0:
+                cache = KVCache()
+            hidden = model.text.forward(model.embed(case.prompt_ids + canvas)[None, start:], start, cache)[0]
+            hidden = _rms_norm(hidden, model.text.norm, model.text.eps)
+        ours = step.hidden[step.rows(r)]
+        assert ours.shape == hidden.shape
+        assert (ours - hidden).abs().max() < 1e-3 * hidden.abs().max()
+        for position, token in zip(recorded["pos"], recorded["ids"], strict=True):
+            canvas[position] = token
+    assert kinds == {0, *(case.prompt_len + block for block in (0, 8, 16, 24))}

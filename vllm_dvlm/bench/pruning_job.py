@@ -1,0 +1,165 @@
+"""What the benches of pruning share: settings, their arguments, results, child processes. Light to import."""
+
+import argparse
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from vllm_dvlm.bench import engine_env
+from vllm_dvlm.bench.checkpoint_files import Sizes
+from vllm_dvlm.bench.common import Row, add_output_arguments
+from vllm_dvlm.pruning.names import METHODS
+
+# Heads of 64 channels: a size that the CPU attention kernels have, so that nothing is padded.
+SIZES = Sizes(hidden=384, layers=6, heads=6, intermediate=1152)
+QUICK_SIZES = Sizes(hidden=64, layers=4, heads=2, intermediate=128)
+# In flight counts do not depend on the width, and hundreds of prompts of 3,700 tokens have to be computed.
+CAPACITY_SIZES = Sizes(hidden=64, layers=2, heads=2, intermediate=128)
+
+IMAGE, QUICK_IMAGE = (800, 1000), (360, 70)  # 3,669 and about 900 visual tokens
+KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25, 0.1)
+CACHED = 32  # refresh interval of the cached setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Settings of a measurement; plain data, it travels to child processes.
+
+    pool_prompts: the KV pool of `capacity`, in unpruned requests; throughput_prompts: that of `throughput`.
+    """
+
+    workdir: str
+    quick: bool
+    threads: int
+    seed: int
+    repeats: int
+    method: str
+    keep_ratios: tuple[float, ...]
+    canvas: int
+    num_steps: int
+    sizes: Sizes
+    image: tuple[int, int]
+    pool_prompts: int
+    throughput_prompts: int
+    concurrency: tuple[int, ...]
+
+    @property
+    def pruned_ratios(self) -> tuple[float, ...]:
+        """Keep ratios below 1."""
+        return tuple(ratio for ratio in self.keep_ratios if ratio < 1)
+
+
+@dataclasses.dataclass
+class Measured:
+    """Lines of a table, flat figures and the description of the run."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    figures: Row = dataclasses.field(default_factory=dict)
+    description: Row = dataclasses.field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that `bench latency`, `throughput`, `capacity` and `pruning` have in common."""
+    add_output_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="tiny model, small image, two repeats")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=int, help="of every timing (default 3, with --quick 2)")
+    parser.add_argument("--method", choices=sorted(METHODS), default="redvtp", help="pruning method")
+    parser.add_argument("--keep-ratios", type=float, nargs="+", default=list(KEEP_RATIOS), metavar="RATIO")
+    parser.add_argument("--canvas-length", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=16, help="denoising steps of the canvas")
+    parser.add_argument("--hidden", type=int, help=f"width of the model (default {SIZES.hidden})")
+    parser.add_argument("--layers", type=int, help=f"of the model (default {SIZES.layers})")
+    parser.add_argument("--pool-prompts", type=int, help="KV pool of `capacity` in unpruned requests (default 24)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def job_of(arguments: argparse.Namespace, workdir: str) -> Job:
+    """Settings from parsed arguments. ValueError for arguments that cannot be met."""
+    numbers = (arguments.threads, arguments.repeats or 1, arguments.canvas_length, arguments.steps)
+    if min(numbers) < 1 or min(arguments.pool_prompts or 2, arguments.steps) < 2:
+        raise ValueError("--threads, --repeats, --canvas-length must be at least 1, --steps and --pool-prompts 2.")
+    if any(not 0 < ratio <= 1 for ratio in arguments.keep_ratios):
+        raise ValueError("--keep-ratios must lie in (0, 1].")
+    quick = arguments.quick
+    sizes = QUICK_SIZES if quick else SIZES
+    if arguments.hidden is not None:
+        if arguments.hidden < 64 or arguments.hidden % 64:
+            raise ValueError("--hidden must be a multiple of 64.")
+        heads = arguments.hidden // 64
+        sizes = dataclasses.replace(
+            sizes, hidden=arguments.hidden, heads=heads, intermediate=3 * arguments.hidden
+        )
+    if arguments.layers is not None:
+        if arguments.layers < 2:
+            raise ValueError("--layers must be at least 2.")
+        sizes = dataclasses.replace(sizes, layers=arguments.layers)
+    return Job(
+        workdir=workdir,
+        quick=quick,
+        threads=arguments.threads,
+        seed=arguments.seed,
+        repeats=arguments.repeats or (2 if quick else 3),
+        method=arguments.method,
+        # Unpruned comes first: everything is compared with it.
+        keep_ratios=tuple(sorted({1.0, *arguments.keep_ratios}, reverse=True)),
+        canvas=arguments.canvas_length,
+        num_steps=arguments.steps,
+        sizes=sizes,
+        image=QUICK_IMAGE if quick else IMAGE,
+        pool_prompts=arguments.pool_prompts or (6 if quick else 24),
+        throughput_prompts=4,
+        concurrency=(1, 4, 16),
+    )
+
+
+def _call(module: str, function: str, job: Job) -> Measured:
+    """In the child: heavy imports happen here, under the environment that the parent has set."""
+    return getattr(importlib.import_module(module), function)(job)
+
+
+def in_child(module: str, function: str, job: Job) -> Measured:
+    """`module.function(job)` in a fresh process: an engine, its threads and its peak memory are its own."""
+    engine_env.prepare(job.threads)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_call, module, function, job).result()
+
+
+def measure(arguments: argparse.Namespace, parts: Sequence[tuple[str, str]]) -> tuple[Job, list[Measured]]:
+    """Run parts, (module, function) each, one after another in processes of their own."""
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="vllm-dvlm-bench-") as workdir:
+        job = job_of(arguments, workdir)
+        results = [in_child(module, function, job) for module, function in parts]
+    for result in results:
+        result.description |= {
+            "load_average_before": round(load_before, 2),
+            "repeats": job.repeats,
+            "method": job.method,
+            "mode": "quick" if job.quick else "full",
+        }
+    return job, results
+
+
+def key_of(ratio: float) -> str:
+    """Part of a figure's name: 0.25 -> keep25."""
+    return f"keep{ratio * 100:g}"
+
+
+def merged(results: Sequence[Measured]) -> tuple[list[Row], Row, Row]:
+    """Rows, figures and description of several parts; of the peak memories the highest."""
+    rows: list[Row] = [row for result in results for row in result.rows]
+    figures: Row = {}
+    description: Row = {}
+    peak: list[Any] = []
+    for result in results:
+        figures |= result.figures
+        description |= result.description
+        peak.append(result.description.get("engine_peak_rss_gib", 0.0))
+    return rows, figures, description | {"engine_peak_rss_gib": max(peak)}
