@@ -221,7 +221,11 @@ def resolve(
         ValueError: unknown, ill-typed, contradictory or unsupported option; names the option and the remedy.
     """
     raw = {k: v for k, v in (extra_args or {}).items() if k not in VLLM_EXTRA_ARGS and k != RESUME_KEY}
-    opts = _parse(raw, base=settings.defaults)
+    defaults = settings.defaults
+    if raw.get("prune_method", defaults.prune_method) != defaults.prune_method:
+        # The server's layer and rows belong to its own method; a request that names another one takes that one's.
+        defaults = replace(defaults, prune_layer=None, prune_rows=None)
+    opts = _parse(raw, base=defaults)
     _refuse_unsupported(opts, settings)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}: the canvas needs a position")

@@ -21,6 +21,8 @@ MAX_MODEL_LEN = 4096
 MAX_NUM_BATCHED_TOKENS = 9216
 MAX_NUM_SEQS = 16
 MAX_CANVAS_LENGTH = 64
+# No test needs a tenth of it.
+MAX_STEPS = 3000
 # The tiny model's KV block of 32 tokens takes 128 KiB.
 NUM_KV_BLOCKS = 256
 
@@ -130,8 +132,10 @@ class Engine:
 
     def finish(self, on_step: Callable[[], None] | None = None) -> dict[str, RequestOutput]:
         """Step until nothing is left; the finished outputs by request id. ``on_step`` runs after every step."""
-        done = {}
+        done, num_steps = {}, 0
         while self.engine.has_unfinished_requests():
+            num_steps += 1
+            assert num_steps < MAX_STEPS, "a request does not finish"
             for output in self.engine.step():
                 if output.finished:
                     done[output.request_id] = output

@@ -116,7 +116,7 @@ class Server:
         """No request runs or waits and no KV block is in use."""
         found = self.metrics("vllm:")
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        return all(found[f"vllm:{name}"] == 0 for name in names)
+        return not any(found.get(f"vllm:{name}") for name in names)  # absent until the first step
 
     def wait_idle(self, seconds: float = 20) -> None:
         poll(self.is_idle, seconds, "no request and no KV block left")

@@ -17,12 +17,12 @@ HEAD_SIZE, NUM_HEADS, MASK_ID = 16, 4, 126336
 
 @dataclass
 class Step:
-    """One forward pass. calls: per layer (q, k, v, out), each [N, heads * padded size]; hidden: [N, hidden]."""
+    """One forward pass. calls: per layer [q, k, v, out], each [N, heads * head size]; hidden: [N, hidden]."""
 
     req_ids: list[str]
     first_row: list[int]
     num_computed: list[int]
-    calls: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    calls: list[list[torch.Tensor]] = field(default_factory=list)
     hidden: torch.Tensor | None = None
 
     def rows(self, request):
@@ -42,15 +42,30 @@ def recorded_steps(engine, monkeypatch):
 
     monkeypatch.setattr(engine.model_state, "prepare_attn", prepare_attn)
 
-    def on_attention(module, inputs, out):
-        steps[-1].calls.append(tuple(x.double().clone() for x in (*inputs, out)))
+    def copies(*tensors):
+        # At once: kernels work in place.
+        return [x.double().clone() for x in tensors]
+
+    def on_projection(module, inputs, out):
+        width = NUM_HEADS * HEAD_SIZE
+        steps[-1].calls.append([None, None, *copies(out[0][:, 2 * width :])])
+
+    def on_rotary(module, inputs, out):
+        steps[-1].calls[-1][:2] = copies(*out)
+
+    def before_output(module, inputs):
+        steps[-1].calls[-1] += copies(*inputs)
 
     def on_model(module, inputs, out):
         steps[-1].hidden = out.double().clone()
 
-    layers = [layer.self_attn.attn for layer in engine.model.model.layers]
-    handles = [layer.register_forward_hook(on_attention) for layer in layers]
-    handles.append(engine.model.model.register_forward_hook(on_model))
+    attentions = [layer.self_attn for layer in engine.model.model.layers]
+    handles = [engine.model.model.register_forward_hook(on_model)]
+    # One rotary embedding serves all layers.
+    handles += [module.register_forward_hook(on_rotary) for module in {a.rotary_emb for a in attentions}]
+    for attention in attentions:
+        handles.append(attention.qkv_proj.register_forward_hook(on_projection))
+        handles.append(attention.o_proj.register_forward_pre_hook(before_output))
     yield steps
     for handle in handles:
         handle.remove()
@@ -95,20 +110,22 @@ def test_backends_of_this_host(engine):
     """What the other tests run on. Another backend belongs into this list once it has passed them."""
     backends = {group.backend.get_name() for groups in engine.runner.attn_groups for group in groups}
     assert backends <= {"CPU_ATTN"}
-    # Heads of 16 channels run in kernels of 32: the padding takes part in every number below.
+    # Heads of 16 channels run in kernels of 32, so the numbers below prove the padding, too.
     assert {layer.self_attn.padded_dim for layer in engine.model.model.layers} == {32}
     assert {layer.self_attn.head_dim for layer in engine.model.model.layers} == {HEAD_SIZE}
 
 
-def test_attention_layers(engine, recorded_steps):
+@pytest.mark.parametrize("always_the_backend", [False, True])
+def test_attention_layers(engine, recorded_steps, monkeypatch, always_the_backend):
+    """Steps of whole sequences take a shorter way on CPUs; with it, and with all steps in the backend's kernel."""
+    from vllm_dvlm.models import llada
+
+    if always_the_backend:
+        monkeypatch.setattr(llada.BidirectionalAttention, "whole_sequences", lambda self: None)
     engine.use({"seed": 0})
     engine.run({name: request(name) for name in (TEXT, CACHED, IMAGE)})
     assert len(recorded_steps[0].req_ids) == 3
     assert assert_bidirectional(recorded_steps) >= 16
-    for step in recorded_steps:
-        for call in step.calls:
-            padding = call[3].unflatten(1, (NUM_HEADS, -1))[..., HEAD_SIZE:]
-            assert not padding.any()
 
 
 def test_hidden_states_of_a_request(engine, recorded_steps, checkpoint):

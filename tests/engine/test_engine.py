@@ -30,6 +30,18 @@ def tokens_of(outputs):
     return {request_id: list(output.outputs[0].token_ids) for request_id, output in outputs.items()}
 
 
+def spy(monkeypatch, holder, name, size=lambda *args, **kwargs: 1):
+    """Let calls pass and record the size of each."""
+    calls, original = [], getattr(holder, name)
+
+    def recording(*args, **kwargs):
+        calls.append(size(*args, **kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(holder, name, recording)
+    return calls
+
+
 # -- churn -----------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +209,24 @@ def test_no_step_is_cut_to_the_token_budget(engine, monkeypatch):
         assert lengths == cases.load(name).raw["forward_shapes"]
 
 
+def test_refreshes_that_coincide_take_turns(engine, monkeypatch):
+    """Four requests refresh in step 4 of the engine, and so do four that came a step later: twice the budget."""
+    engine.use({"seed": 0})
+    early, late = request(CACHED), request(CACHED, extra_args={"diffusion_refresh_interval": 3})
+    alone = engine.run({"early": early, "late": late})
+    monkeypatch.setattr(engine.scheduler, "max_num_scheduled_tokens", engine.scheduler.max_model_len)
+    work = {f"early{i}": early for i in range(4)} | {f"late{i}": late for i in range(4)}
+    steps = spy(monkeypatch, engine.scheduler, "update_from_output", lambda output, *_: output.num_scheduled_tokens)
+    running = []
+    outputs = engine.run(work, on_step=lambda: running.append(len(engine.scheduler.running)))
+    assert max(sum(step.values()) for step in steps) <= 4096
+    assert any(0 < len(step) < num for step, num in zip(steps[1:], running, strict=False)), "somebody had to wait"
+    for name, output in outputs.items():
+        assert list(output.outputs[0].token_ids) == list(alone[name[:-1]].outputs[0].token_ids)
+        shapes = [[step["query_len"] for step in engine.trace(i)["steps"]] for i in (name, name[:-1])]
+        assert shapes[0] == shapes[1]
+
+
 def test_requests_that_do_not_fit_the_kv_pool_wait(engine):
     """Ten requests of 31 KV blocks in a pool of 255: eight at a time, and none takes a step with fewer blocks."""
     engine.use({"seed": 0})
@@ -210,18 +240,6 @@ def test_requests_that_do_not_fit_the_kv_pool_wait(engine):
 
 
 # -- memory and caches -----------------------------------------------------------------------------------------
-
-
-def spy(monkeypatch, holder, name, size=lambda *args, **kwargs: 1):
-    """Let calls pass and record the size of each."""
-    calls, original = [], getattr(holder, name)
-
-    def recording(*args, **kwargs):
-        calls.append(size(*args, **kwargs))
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(holder, name, recording)
-    return calls
 
 
 def test_logits_come_in_bounded_chunks(engine, monkeypatch):

@@ -249,8 +249,8 @@ def test_model_runner_v1_is_refused(checkpoint, monkeypatch):
 
 
 def test_offline(engine):
-    """``LLM`` raises ValueError and goes on."""
-    case = cases.load("a1_text_single_block")
+    """``LLM`` raises ValueError and goes on, also with an image that only refused requests have brought so far."""
+    case = cases.load("b1_image_steps_eq_gen")
     good = (engines.case_prompt(case), engines.case_params(case))
     bad = SamplingParams(max_tokens=8, extra_args={"diffusion_stepz": 4})
     for _ in range(2):

@@ -11,7 +11,7 @@ import pytest
 from tests.golden import cases
 
 ROOT = Path(__file__).parents[2]
-TEXT, IMAGE, CACHED, SUFFIX = "a1_text_single_block", "b1_image_steps_eq_gen", "g12_fast_k2_r8_none", "h1_suffix"
+TEXT, IMAGE, CACHED = "a1_text_single_block", "b1_image_steps_eq_gen", "g12_fast_k2_r8_none"
 MASK_ID = 126336
 ENGINE = {"max_model_len": 4096, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 1}}
 
@@ -26,7 +26,7 @@ def run(folder, out, **job):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -49,7 +49,8 @@ def one_rank(checkpoint, tmp_path_factory):
     folder = checkpoint(seed=0, shards=2, without_chat_template=True)
     assert len(list(folder.glob("model-*.safetensors"))) == 2
     assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
-    return run(folder, tmp_path_factory.mktemp("one_rank") / "out.json", engine={}, cases=[TEXT, IMAGE, CACHED], noisy=TEXT, chat=IMAGE)
+    out = tmp_path_factory.mktemp("one_rank") / "out.json"
+    return run(folder, out, engine={}, cases=[TEXT, IMAGE, CACHED], noisy=TEXT, chat=IMAGE)
 
 
 def test_own_process_with_a_sharded_checkpoint(one_rank):
@@ -61,16 +62,16 @@ def test_chat_without_a_template_in_the_checkpoint(one_rank):
 
 
 def test_two_ranks(checkpoint, one_rank, tmp_path):
-    """Text, images, cache and suffix; also noise, which both ranks must draw alike, and logits row by row."""
+    """Text, an image, cached steps, and noise, which both ranks must draw alike."""
     traces = tmp_path / "traces"
-    settings = {"trace_dir": str(traces), "diffusion_trace": 1, "logits_chunk_bytes": 1}
+    settings = {"trace_dir": str(traces), "diffusion_trace": 1}
     engine = {"tensor_parallel_size": 2, "additional_config": {"dvlm": settings}, "max_num_batched_tokens": 4096}
-    names = [TEXT, IMAGE, CACHED, SUFFIX]
+    names = [TEXT, CACHED]
     results = run(checkpoint(seed=0), tmp_path / "out.json", engine=engine, cases=names, noisy=TEXT)
     assert_recorded(results, *names)
     assert results["noisy"] == one_rank["noisy"] != one_rank[TEXT]
     written = [json.loads(file.read_text()) for file in traces.glob("*.json")]
-    assert len(written) == 5
+    assert len(written) == 3
     shapes = [[[1, step["query_len"]] for step in trace["steps"]] for trace in written]
     for name in names:
         assert cases.load(name).raw["forward_shapes"] in shapes

@@ -42,8 +42,12 @@ def request(case, name=None, **options):
 
 
 @functools.cache
+def merged(model, name):
+    return pruned_reference.case_prompt(model, cases.load(name))
+
+
 def prompt_of(model, case):
-    return pruned_reference.case_prompt(model, case)
+    return merged(model, case.name)
 
 
 def importance(engine, name):
@@ -335,7 +339,8 @@ def test_canvas_full_after_the_first_step(engine, options):
     trace = engine.trace("alone")
     assert list(output.outputs[0].token_ids) == list(plain.outputs[0].token_ids)
     assert trace["steps"] == unpruned["steps"] and len(trace["steps"]) == 1
-    assert not (trace["pruning"] or {}).get("kept_local_indices")
+    assert trace["pruning"] is None and trace["pruning_skipped"] == "the canvas is full after the first step"
+    assert "pruning_skipped" not in unpruned
     for name in ("requests_pruned", "visual_tokens_pruned", "kv_blocks_freed"):
         assert engine.scheduler.counters[name] == before.get(name, 0), name
 
@@ -430,12 +435,11 @@ def test_aborted_around_pruning(engine, moment, inside_the_step):
         engine.engine.step()
         check()
     if inside_the_step:
+        engine.engine.output_processor.abort_requests([request_id], internal=True)
         engine.core.aborts_queue.put_nowait([request_id])
     else:
         engine.engine.abort_request([request_id], internal=True)
     outputs = engine.finish(on_step=check)
-    engine.engine.abort_request([request_id], internal=True)
-    engine.finish()
     engine.assert_idle()
     assert_as_golden(engine, other, outputs[other.name])
 

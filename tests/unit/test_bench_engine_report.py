@@ -99,6 +99,13 @@ def test_only_one_model(monkeypatch, tmp_path, capsys):
     assert "N3_tiny" not in capsys.readouterr().out
 
 
+def test_resident_memory_sees_small_growth():
+    before = common.rss_bytes()
+    held = bytearray(b"x" * 2**20)
+    assert 2**20 <= common.rss_bytes() - before < 2**23
+    assert len(held) == 2**20
+
+
 def test_threads_that_cannot_be_set_are_an_error(monkeypatch):
     import torch
 

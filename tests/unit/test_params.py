@@ -154,8 +154,8 @@ def test_nearest_value_is_named():
     [
         ({"diffusion_block_length": 6, "diffusion_canvas_length": 16}, "does not divide .* for example 4"),
         ({"diffusion_block_length": 20, "diffusion_canvas_length": 16}, "does not divide .* for example 16"),
-        ({"diffusion_block_length": 4, "diffusion_max_steps": 3}, "multiple of the number of blocks, 4 .*nearest is 4"),
-        ({"diffusion_block_length": 4, "diffusion_max_steps": 11}, "multiple of the number of blocks, 4 .*nearest is 12"),
+        ({"diffusion_block_length": 4, "diffusion_max_steps": 3}, "multiple of the number of blocks, 4 .*is 4"),
+        ({"diffusion_block_length": 4, "diffusion_max_steps": 11}, "the number of blocks, 4 .*nearest is 12"),
         ({"diffusion_canvas_length": 65}, 'larger than .* 64; .*"max_canvas_length": 65'),
         ({"diffusion_block_length": 65}, "diffusion_block_length 65 is larger than .* 64"),
         ({"diffusion_cfg_scale": 0.5}, "not supported yet; leave it at 0"),

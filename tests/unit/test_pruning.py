@@ -302,3 +302,16 @@ def test_nothing_to_prune_is_no_plan():
 def test_parts_of_another_prompt_are_refused():
     with pytest.raises(AssertionError, match="do not make up the prompt"):
         kept_prompt_rows(9, torch.arange(4), torch.arange(2), torch.arange(4, 8))
+
+
+def test_another_method_than_the_servers():
+    """The server's layer and rows are those of its method; they do not stand in the way of a request with another."""
+    server = {"prune_method": "fastv", "prune_layer": 2, "prune_rows": "last", "prune_keep_ratio": 0.3}
+    server_settings = ServerSettings.from_additional_config({"dvlm": server})
+    same = resolve({"prune_method": "fastv"}, 8, server_settings).options
+    assert (same.prune_layer, same.prune_rows) == (2, "last")
+    for method in ("none", "redvtp", "uniform"):
+        other = resolve({"prune_method": method}, 8, server_settings).options
+        assert (other.prune_layer, other.prune_rows, other.prune_keep_ratio) == (None, None, 0.3)
+    with pytest.raises(ValueError, match="prune_layer belongs to prune_method 'fastv'"):
+        resolve({"prune_method": "redvtp", "prune_layer": 2}, 8, server_settings)

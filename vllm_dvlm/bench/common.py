@@ -6,7 +6,9 @@ Light to import: torch, tqdm and matplotlib are loaded where they are used.
 import argparse
 import contextlib
 import csv
+import ctypes
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
@@ -35,9 +37,7 @@ def commit_name() -> str:
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
 
     try:
@@ -102,6 +102,21 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
+def rss_bytes() -> int:
+    """Resident memory that this process needs now; Linux only.
+
+    Garbage and free heap go back to the system first, or they would hide growth. The number comes from a walk of the
+    page tables: the counter in /proc/self/statm lags behind by some hundred pages per core.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/smaps_rollup has no line Rss")
+
+
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
     """`items` with a progress bar on stderr; silent when stderr is no terminal."""
     from tqdm import tqdm
@@ -125,10 +140,7 @@ def format_table(rows: Sequence[Row]) -> str:
     names = _columns(rows)
     lines = [names] + [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    is_number = [
-        all(row.get(name) is None or isinstance(row[name], int | float) for row in rows)
-        for name in names
-    ]
+    is_number = [all(row.get(name) is None or isinstance(row[name], int | float) for row in rows) for name in names]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)
@@ -154,17 +166,13 @@ def write_json(path: str | Path, figures: Row) -> None:
     Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def write_png(
-    path: str | Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4.5)
-) -> None:
+def write_png(path: str | Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4.5)) -> None:
     """Let `draw(axes)` fill a matplotlib axes and save it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--png needs matplotlib: pip install 'vllm-dvlm[plot]'.") from error
-    figure = Figure(
-        figsize=size, layout="constrained"
-    )  # without pyplot: no display, no global state
+    figure = Figure(figsize=size, layout="constrained")  # without pyplot: no display, no global state
     draw(figure.subplots())
     figure.savefig(path, dpi=150)
 
@@ -172,9 +180,7 @@ def write_png(
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """--csv, --json and --png, the same in every bench."""
     parser.add_argument("--csv", metavar="FILE", help="write the table's rows")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write figures and run description as a flat object"
-    )
+    parser.add_argument("--json", metavar="FILE", help="write figures and run description as a flat object")
     parser.add_argument("--png", metavar="FILE", help="draw the result; needs matplotlib")
 
 

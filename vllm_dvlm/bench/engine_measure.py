@@ -5,8 +5,6 @@ images are encoded and prompts merged before, on both sides.
 """
 
 import dataclasses
-import gc
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ from PIL import Image
 
 from vllm_dvlm.bench import baselines
 from vllm_dvlm.bench.baselines import LoopTiming, cached_options, exact_options, time_lean_loop, time_official_loop
-from vllm_dvlm.bench.common import describe_run, peak_rss_bytes, progress
+from vllm_dvlm.bench.common import describe_run, peak_rss_bytes, progress, rss_bytes
 from vllm_dvlm.bench.engine_host import EngineHost, StepTime, model_shape, request
 from vllm_dvlm.bench.engine_job import Job, Result, Time
 from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
@@ -177,11 +175,6 @@ def measure_growth(host: EngineHost, job: Job, result: Result) -> None:
             )
 
 
-def rss_bytes() -> int:
-    """Resident memory of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def measure_memory(side: Side, job: Job, result: Result) -> None:
     """N10: bound on vocabulary logits, and growth of resident memory over many short requests."""
     host = side.host
@@ -199,11 +192,9 @@ def measure_memory(side: Side, job: Job, result: Result) -> None:
     free = host.num_free_kv_blocks
     for _ in range(25):
         host.run(work)
-    gc.collect()
     before = rss_bytes()
     for _ in progress(range(job.num_requests // BATCH), "N10"):
         host.run(work)
-    gc.collect()
     growth = rss_bytes() - before
     result.value(
         f"N10_rss_growth_bytes_{job.num_requests}_requests", setting, growth, "<= 16 MiB", growth <= 16 * 2**20

@@ -37,8 +37,8 @@ PARTS = ("forward", "logits", "score", "complete")
 class StepRecord:
     """One engine step.
 
-    cpu_s: processor time of all threads; beside other work it says more than the wall time does.
-    parts_s: seconds by part. forward: the text layers; logits: vocabulary logits and their reduction to token and
+    cpu_s: processor time of the engine's thread; beside other work it says more than the wall time does.
+    parts_s: of that, by part. forward: the text layers; logits: vocabulary logits and their reduction to token and
     confidence; score: attention scores for pruning, inside forward; complete: selection, compaction and the rest of
     pruning after the commit.
     num_running: requests that the scheduler holds in flight (they own KV blocks); free_blocks: of the pool, both once
@@ -77,7 +77,7 @@ class Run:
         return sum(step.cpu_s for step in self.steps)
 
     def part_s(self, part: str) -> float:
-        """Seconds in a part, over all steps."""
+        """Processor seconds in a part, over all steps."""
         return sum(step.parts_s[part] for step in self.steps)
 
     @property
@@ -149,11 +149,11 @@ class PruningHost:
 
     def _timed(self, part: str, function: Callable) -> Callable:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
+            begin = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._parts[part] += time.perf_counter() - begin
+                self._parts[part] += time.thread_time() - begin
 
         return timed
 
@@ -205,10 +205,16 @@ class PruningHost:
             extra |= {"prune_method": method or self.job.method, "prune_keep_ratio": keep_ratio}
         return self.prompt, SamplingParams(temperature=0, max_tokens=self.job.canvas, extra_args=extra | options)
 
-    def run(self, requests: Sequence[Request], max_steps: int | None = None) -> Run:
-        """Add all requests, then step until the last has finished; after `max_steps` engine steps the rest is aborted.
+    def run(
+        self,
+        requests: Sequence[Request],
+        max_steps: int | None = None,
+        until: Callable[[list[StepRecord]], bool] | None = None,
+    ) -> Run:
+        """Add all requests, then step until the last has finished.
 
-        RuntimeError if a KV block does not come back.
+        What is left after `max_steps` engine steps, or once `until(steps)` says so, is aborted. RuntimeError if a KV
+        block does not come back.
         """
         idle = self.num_free_blocks
         names = []
@@ -220,11 +226,13 @@ class PruningHost:
         steps: list[StepRecord] = []
         while self.engine.has_unfinished_requests() and len(steps) != max_steps:
             self._parts = dict.fromkeys(PARTS, 0.0)
-            begin, cpu_begin = time.perf_counter(), time.process_time()
+            begin, cpu_begin = time.perf_counter(), time.thread_time()
             outputs = self.engine.step()
-            wall, cpu = time.perf_counter() - begin, time.process_time() - cpu_begin
+            wall, cpu = time.perf_counter() - begin, time.thread_time() - cpu_begin
             steps.append(StepRecord(wall, cpu, self._parts, self._running, self._free, self.num_free_blocks))
             done |= {o.request_id: o.kv_transfer_params["dvlm"] for o in outputs if o.finished}
+            if until is not None and until(steps):
+                break
         if left := [name for name in names if name not in done]:
             self.engine.abort_request(left)
         while self.scheduler.has_requests():  # the worker hears of finished requests with the next step

@@ -10,7 +10,7 @@ B = block size, H = KV heads, D = head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -24,6 +24,22 @@ class PageLayout:
 
     key: torch.Tensor
     value: torch.Tensor
+
+    @cached_property
+    def strides(self) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+        """Of key and value: offset of the first row, step to the next row, step to the next channel.
+
+        None if one of them is no such grid (bfloat16 tiles). Waits for the device, once per layout.
+        """
+        found = []
+        for offsets in (self.key, self.value):
+            first, row, channel = (int(offsets[i, j]) for i, j in ((0, 0), (1, 0), (0, 1)))
+            row, channel = row - first, channel - first
+            rows, channels = (torch.arange(n, device=offsets.device) for n in offsets.shape)
+            if not torch.equal(offsets, first + rows[:, None] * row + channels * channel):
+                return None
+            found.append((first, row, channel))
+        return found[0], found[1]
 
 
 def plain_layout(block_size: int, head_size: int, device: torch.device) -> PageLayout:

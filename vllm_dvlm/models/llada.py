@@ -62,7 +62,11 @@ class LayerObserver(Protocol):
 
     @property
     def active(self) -> bool:
-        """False in steps that need no observing; then nothing else is called."""
+        """False in steps that need no observing; then no method is called."""
+
+    @property
+    def keeps_kv(self) -> bool:
+        """True if a later step of a request in the batch reads the KV that this step writes."""
 
     def observe(self, layer: int, attention: LLaDAAttention, query: torch.Tensor, key: torch.Tensor) -> None:
         """Queries and keys of a layer after the rotary embedding, [rows, heads * head size]."""
@@ -186,9 +190,9 @@ class LLaDAAttention(nn.Module):
             self.observer.observe(self.layer_index, self, q, k)
         spans = self.attn.whole_sequences()
         if spans is not None:
-            # A later step may read the cache.
-            keys, values = (self._pad(x).view(-1, self.num_kv_heads, self.padded_dim) for x in (k, v))
-            torch.ops.vllm.unified_kv_cache_update(keys, values, self.attn.layer_name)
+            if self.observer is None or self.observer.keeps_kv:
+                keys, values = (self._pad(x).view(-1, self.num_kv_heads, self.padded_dim) for x in (k, v))
+                torch.ops.vllm.unified_kv_cache_update(keys, values, self.attn.layer_name)
             out = self.attn.attend_whole(*(x.view(len(x), -1, self.head_dim) for x in (q, k, v)), spans)
         elif self.padded_dim == self.head_dim:
             out = self.attn(q, k, v)

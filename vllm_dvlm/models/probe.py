@@ -34,8 +34,10 @@ def attention_to_columns(
     step = max(1, _CHUNK_BYTES // (4 * num_rows * key.shape[0]))
     keys = key.transpose(0, 1)
     for first in range(0, num_heads, step):
-        heads = torch.arange(first, min(first + step, num_heads), device=query.device)
-        scores = torch.matmul(query[:, heads].transpose(0, 1), keys[heads // group].transpose(1, 2)).float()
+        end = min(first + step, num_heads)
+        # Views where every head has keys of its own: copies would take longer than the product.
+        mine = keys[first:end] if group == 1 else keys[torch.arange(first, end, device=query.device) // group]
+        scores = torch.matmul(query[:, first:end].transpose(0, 1), mine.transpose(1, 2)).float()
         scores.mul_(scale)
         denominator = torch.logsumexp(scores, dim=-1, keepdim=True)
         out += (scores.index_select(2, columns) - denominator).exp_().sum(dim=0)

@@ -85,6 +85,9 @@ class DiffusionModelState(ModelState):
 
             p001_cpu_torch_kernels.install()
         self.settings = ServerSettings.from_additional_config(vllm_config.additional_config)
+        family = model.family
+        if family.shifts_logits or not family.prompt_attends_canvas:
+            raise ValueError(f"{family.name}: prompts that do not see the canvas and shifted logits are not built yet")
         self.token_ids = model.token_ids
         self.canvases = CanvasStates(self.max_num_reqs, self.settings.max_canvas_length, device)
         self.slots: dict[int, RequestSlot] = {}

@@ -84,6 +84,7 @@ class StepPruner:
         self._num_rows = 0
         self._layouts: dict[str, PageLayout] = {}
         self.last_ms = 0.0
+        self.keeps_kv = True
 
     @property
     def active(self) -> bool:
@@ -97,10 +98,13 @@ class StepPruner:
         self.jobs = []
         self.segments = {}
         self._rows = None
+        self.keeps_kv = False
         for b, req_idx in enumerate(input_batch.idx_mapping_np.tolist()):
             slot = self.state.slots.get(req_idx)
             if slot is None or slot.req_id != input_batch.req_ids[b]:
-                continue  # a dummy batch
+                self.keeps_kv = True  # a dummy batch; on a GPU it may be captured in a graph
+                continue
+            self.keeps_kv |= slot.plan.refresh_interval > 1
             if slot.pruned_plan is None or slot.num_steps > 0:
                 continue
             self.jobs.append(self._job(slot, b, req_idx, int(input_batch.query_start_loc_np[b])))
@@ -224,10 +228,15 @@ class StepPruner:
             return
         started = time.perf_counter()
         for job in self.jobs:
-            canvas_len = job.slot.plan.canvas_len
+            trace = job.slot.trace
             if job.kept is None:
-                row = job.batch_index
+                row, canvas_len = job.batch_index, job.slot.plan.canvas_len
                 self._choose(job, masked[row, :canvas_len], out.committed[row, :canvas_len])
+                # A full canvas has no later step, so it does not matter what is kept. Only a trace, which waits for
+                # the device anyway, is told; ranks without one have taken part in the choice, too.
+                if trace is not None and not masked[row, :canvas_len].any():
+                    trace.pruning_skipped = "the canvas is full after the first step"
+                    continue
             self._shorten(job)
         self.jobs = []
         self.last_ms = (time.perf_counter() - started) * 1e3

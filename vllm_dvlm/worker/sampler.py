@@ -231,12 +231,12 @@ class DiffusionSampler:
             num = step.slots[request].sampling_params.logprobs
             if num is None:
                 continue
-            row = torch.log_softmax(logits[i - first], dim=-1)
+            row = torch.log_softmax(logits[i - first].double(), dim=-1)
             token = chosen[i - first]
             best = row.topk(num)
             out.logprobs[request, int(step.row_position[i])] = (
                 torch.cat([token[None], best.indices]),
-                torch.cat([row[token][None], best.values]),
+                torch.cat([row[token][None], best.values]).float(),
                 (row > row[token]).sum() + 1,
             )
 

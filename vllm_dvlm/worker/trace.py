@@ -85,6 +85,7 @@ class TraceRecorder:
         }
         self.steps: list[dict[str, Any]] = []
         self.pruning: dict[str, Any] | None = None
+        self.pruning_skipped: str | None = None
         self.importance: np.ndarray | None = None
         self._pruned_now: tuple[Plan, Plan] | None = None
         self.flops = 0
@@ -151,6 +152,7 @@ class TraceRecorder:
             **self.header,
             "steps": self.steps,
             "pruning": self.pruning,
+            **({"pruning_skipped": self.pruning_skipped} if self.pruning_skipped else {}),
             "final_ids": final,
             "stopped_at": stop if stop >= 0 else None,
             "num_forward_passes": len(self.steps),
