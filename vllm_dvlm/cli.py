@@ -22,6 +22,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub = bench.add_parser(name, help=text)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
+
+    from vllm_dvlm import show
+
+    picture = commands.add_parser("show", help="draw a trace: dropped patches, importance, the canvas filling up")
+    show.add_arguments(picture)
+    picture.set_defaults(run=show.run)
     return parser
 
 

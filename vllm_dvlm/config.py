@@ -12,7 +12,7 @@ from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_dvlm.params import ServerSettings
+from vllm_dvlm.params import ServerSettings, resolve
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -46,6 +46,8 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         """Scheduler, budgets and switches; ValueError for what is not supported."""
         _refuse(vllm_config)
         settings = ServerSettings.from_additional_config(vllm_config.additional_config)
+        # Defaults that no request could be served with are refused here rather than request by request.
+        resolve({}, None, settings)
         model_config = vllm_config.model_config
         scheduler_config = vllm_config.scheduler_config
         _choose_dtype(model_config, settings)

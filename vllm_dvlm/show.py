@@ -74,9 +74,9 @@ def _texts(trace: dict[str, Any], model: str | None) -> dict[int, str]:
     ids = {i for step in trace["steps"] for i in step["ids"]}
     if model is None:
         return {i: str(i) for i in ids}
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     return {i: tokenizer.decode([i]).strip() or "␣" for i in ids}
 
 

@@ -31,8 +31,9 @@ CLEAR = {"token": 1e-3, "confidence": 1e-3, "importance": 5e-4}
 
 def request(case, name=None, **options):
     """A golden case's prompt, with its own options or the given ones instead."""
-    from tests.engine.engines import case_params, case_prompt
     from vllm import SamplingParams
+
+    from tests.engine.engines import case_params, case_prompt
 
     if not options:
         return case_prompt(case), case_params(case)
@@ -462,7 +463,7 @@ from tests.golden import cases
 from tests.engine.engines import case_params, case_prompt
 if __name__ == "__main__":
     from vllm import LLM
-    folder, traces, names = sys.argv[1], sys.argv[2], sys.argv[3:]
+    folder, traces, out, *names = sys.argv[1:]
     llm = LLM(folder, tensor_parallel_size=2, distributed_executor_backend="mp", max_model_len=2048, max_num_seqs=4,
               max_num_batched_tokens=4096, limit_mm_per_prompt={"image": 1}, kv_cache_memory_bytes=32 * 2**20,
               additional_config={"dvlm": {"trace_dir": traces}})
@@ -472,7 +473,8 @@ if __name__ == "__main__":
     params.append(case_params(recorded[0], extra_args={"prune_method": "fastv", "diffusion_refresh_interval": 32}))
     prompts = [case_prompt(case) for case in recorded + [recorded[0]] * 2]
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    print(json.dumps([[o.request_id, list(o.outputs[0].token_ids)] for o in outputs]))
+    with open(out, "w") as file:
+        json.dump([[o.request_id, list(o.outputs[0].token_ids)] for o in outputs], file)
 """
 
 
@@ -484,10 +486,10 @@ def test_two_ranks_keep_the_same(engine, checkpoint, tmp_path):
     one_rank = {"cached": request(batch[0], **options), "fastv": request(batch[0], **options | {"prune_method": "fastv"})}
     outputs = engine.run(one_rank)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    script = tmp_path / "two_ranks.py"
+    script, out = tmp_path / "two_ranks.py", tmp_path / "results"
     script.write_text(SCRIPT)
     done = subprocess.run(
-        [sys.executable, str(script), str(checkpoint(seed=0)), str(tmp_path), *(case.name for case in batch)],
+        [sys.executable, script, checkpoint(seed=0), tmp_path, out, *(case.name for case in batch)],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -496,7 +498,7 @@ def test_two_ranks_keep_the_same(engine, checkpoint, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    results = json.loads(done.stdout.strip().splitlines()[-1])
+    results = json.loads(out.read_text())
     expected = [case.final_ids for case in batch] + [list(o.outputs[0].token_ids) for o in outputs.values()]
     assert [tokens for _, tokens in results] == expected
     kept = [case.pruning["kept_local_indices"] for case in batch]
