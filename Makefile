@@ -32,8 +32,10 @@ endif
 	rm -f $(VENV)/.stamp-*
 	touch $@
 
+# Two processes of one thread each; those tests whose own processes wait busily for each other run alone afterwards.
 test: venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not exclusive"
+	$(BIN)/python -m pytest -m exclusive
 
 demo: venv
 	$(BIN)/python examples/demo.py

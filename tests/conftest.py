@@ -10,6 +10,17 @@ settings.register_profile("any_machine", deadline=None)
 settings.load_profile("any_machine")
 
 
+# Two ranks wait for each other in busy loops: beside another test they crawl, and so does it.
+EXCLUSIVE_FILES = {"test_parallel.py", "test_pruning_parallel.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that must run alone (`make test` runs the others two at a time)."""
+    for item in items:
+        if item.path.name in EXCLUSIVE_FILES:
+            item.add_marker(pytest.mark.exclusive)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """``checkpoint(seed=0, ...)``: folder of the tiny golden checkpoint with these build arguments, built once."""

@@ -57,7 +57,9 @@ class DenoiseParams:
     diffusion_max_steps: int | None = _setting(
         None, "denoising steps for the whole canvas; default: one per canvas position", "a multiple of the blocks"
     )
-    diffusion_remasking: str = _setting("low_confidence", "confidence that decides what is unmasked", "|".join(REMASKING))
+    diffusion_remasking: str = _setting(
+        "low_confidence", "confidence that decides what is unmasked", "|".join(REMASKING)
+    )
     diffusion_threshold: float | None = _setting(
         None, "Fast-dLLM parallel decoding, factor rule: the number of steps follows the confidence", "> 0 or absent"
     )

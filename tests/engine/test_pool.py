@@ -114,6 +114,7 @@ class Twin:
     position: object
     late_removed: int = 0  # tokens that late layers never see, in the first step
     block_ids: list[list[int]] = field(default_factory=list)  # per KV cache group
+    images: list[str] = field(default_factory=list)  # their names in the encoder cache
 
     def lengths(self, num_groups):
         """Rows that the next step needs in each group."""
@@ -142,7 +143,7 @@ class Driver:
             max_num_batched_tokens=MAX_TOKENS,
             max_num_seqs=MAX_SEQS,
             block_size=BLOCK_SIZE,
-            additional_config={"dvlm": {"max_canvas_length": 32, "prune_method": "fastv" if two_groups else "none"}},
+            additional_config={"dvlm": {"max_canvas_length": 32} | ({"prune_method": "fastv"} if two_groups else {})},
         ).create_engine_config()
         assert config.scheduler_config.get_scheduler_cls() is DiffusionScheduler
         assert not config.scheduler_config.enable_chunked_prefill and not config.scheduler_config.async_scheduling
@@ -164,6 +165,7 @@ class Driver:
         self.arrived: dict[str, int] = {}
         self.waited: dict[str, int] = {}
         self.outcomes = Counter()
+        self.encoded: set[str] = set()
         self.num_steps = self.num_admitted = self.most_running = self.num_empty_steps = self.longest_wait = 0
         self.total = self.pool.get_num_free_blocks()
         assert self.total == num_blocks - 1
@@ -216,7 +218,13 @@ class Driver:
             # Also a preempted request that comes back: the runner sees it as new and the state finds its stash.
             twin = self.twins.get(new.req_id) or self._new_twin(new)
             twin.block_ids = [list(blocks) for blocks in new.block_ids]
+            twin.images = [feature.identifier for feature in new.mm_features]
             self.twins[new.req_id] = twin
+        self.encoded -= set(output.free_encoder_mm_hashes)
+        for name, indices in output.scheduled_encoder_inputs.items():
+            self.encoded |= {self.twins[name].images[i] for i in indices}
+        for new in output.scheduled_new_reqs:
+            assert self.encoded >= set(self.twins[new.req_id].images), "a prompt without one of its images"
         cached = output.scheduled_cached_reqs
         for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             assert blocks is None or not any(blocks), "a running request never needs more blocks"

@@ -1,125 +1,31 @@
-"""Pruning through the real engine: recorded runs, every option against dense PyTorch, and life around the pruning step."""
+"""Pruning through the real engine: recorded runs, every option against dense PyTorch, preemption and aborts."""
 
-import functools
 import itertools
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from tests.engine import pruned_reference
+from tests.engine.pruned_checks import (
+    IMPORTANCE_TOLERANCE,
+    assert_as_dense,
+    assert_as_golden,
+    blocks_of,
+    conserved,
+    importance,
+    prompt_of,
+    request,
+)
 from tests.golden import cases
 from vllm_dvlm.pruning import Pruner, StepView, create, names
 from vllm_dvlm.pruning.select import select
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = [case for case in cases.by_mode("redvtp") if not case.is_informative]
 TWO_IMAGES = cases.load("f7_redvtp_two_images_informative")
 BASE = cases.load("f1_redvtp_keep25")
 CANVAS = {"diffusion_canvas_length": 16, "diffusion_block_length": 8, "diffusion_max_steps": 8}
 RATIO = 0.35  # with these steps no run of this module comes near a tie
-IMPORTANCE_TOLERANCE, CONFIDENCE_TOLERANCE = 2e-3, 5e-4
-# A run decides a test only if its closest choice is farther from a tie than float32 can move it.
-CLEAR = {"token": 1e-3, "confidence": 1e-3, "importance": 5e-4}
-
-
-def request(case, name=None, **options):
-    """A golden case's prompt, with its own options or the given ones instead."""
-    from vllm import SamplingParams
-
-    from tests.engine.engines import case_params, case_prompt
-
-    if not options:
-        return case_prompt(case), case_params(case)
-    extra_args = {"diffusion_trace": 1, **options}
-    length = options.get("diffusion_canvas_length", 16)
-    return case_prompt(case), SamplingParams(temperature=0, max_tokens=length, extra_args=extra_args)
-
-
-@functools.cache
-def merged(model, name):
-    return pruned_reference.case_prompt(model, cases.load(name))
-
-
-def prompt_of(model, case):
-    return merged(model, case.name)
-
-
-def importance(engine, name):
-    with np.load(engine.trace_dir / f"{name}.npz") as arrays:
-        return arrays["importance"]
-
-
-def conserved(engine):
-    """A check after every engine step: no KV block is lost or owned twice, on either side."""
-    manager = engine.scheduler.kv_cache_manager
-    pool = manager.block_pool
-
-    def check():
-        owned = [
-            block.block_id
-            for owner in manager.coordinator.single_type_managers
-            for blocks in owner.req_to_blocks.values()
-            for block in blocks
-        ]
-        assert len(owned) == len(set(owned))
-        assert pool.get_num_free_blocks() + len(owned) == engine.num_idle_blocks
-
-    return check
-
-
-def blocks_of(engine, num_tokens):
-    return -(-num_tokens // engine.kv_block_size)
-
-
-def assert_as_golden(engine, case, output):
-    from tests.engine.engines import case_tokens, tokens
-
-    assert tokens(output) == case_tokens(case)
-    assert output.outputs[0].finish_reason == ("length" if case.stopped_at is None else "stop")
-    assert len(output.prompt_token_ids) == case.prompt_len, "usage counts the prompt as it was sent"
-    trace = engine.trace(case.name)
-    assert trace["final_ids"] == case.final_ids and trace["stopped_at"] == case.stopped_at
-    assert trace["num_forward_passes"] == case.raw["num_forward_passes"]
-    for ours, theirs in zip(trace["steps"], case.steps, strict=True):
-        assert (ours["pos"], ours["ids"]) == (theirs["pos"], theirs["ids"])
-        assert ours["conf"] == pytest.approx(theirs["conf"], rel=0, abs=CONFIDENCE_TOLERANCE)
-        assert ours["refresh"]
-    assert [[1, step["query_len"]] for step in trace["steps"]] == case.raw["forward_shapes"]
-    (first, end), settings = case.visual_spans[0], case.settings
-    total = case.prompt_len + settings["gen_length"]
-    after = total - (end - first) + case.pruning["keep_count"]
-    pruning = trace["pruning"]
-    assert pruning["method"] == "redvtp" and pruning["layer"] is None and pruning["num_visual"] == end - first
-    assert pruning["keep_count"] == case.pruning["keep_count"]
-    assert pruning["kept_local_indices"] == case.pruning["kept_local_indices"]
-    assert pruning["kv_blocks_before"] == blocks_of(engine, total)
-    assert pruning["kv_blocks_after"] == blocks_of(engine, after)
-    assert {step["kv_blocks"] for step in trace["steps"]} == {blocks_of(engine, after)}
-    assert [step["seq_len"] for step in trace["steps"]] == [total] + [after] * (len(case.steps) - 1)
-    assert importance(engine, case.name) == pytest.approx(case.importance, rel=IMPORTANCE_TOLERANCE, abs=0)
-
-
-def assert_as_dense(engine, name, output, dense, pruned=True):
-    """Tokens, steps, lengths and pruning of one finished request equal the dense reference's."""
-    for what, distance in dense.distances.items():
-        assert distance > CLEAR[what], f"the reference itself hangs on a tie ({what}); choose another setting"
-    trace = engine.trace(name)
-    assert list(output.outputs[0].token_ids) == dense.canvas
-    for ours, theirs in zip(trace["steps"], dense.steps, strict=True):
-        found = {key: ours[key] for key in ("pos", "ids", "query_len", "seq_len")}
-        assert found == {key: theirs[key] for key in found}
-        assert ours["conf"] == pytest.approx(theirs["conf"], rel=0, abs=CONFIDENCE_TOLERANCE)
-    if pruned:
-        assert trace["pruning"]["kept_local_indices"] == dense.kept
-        expected = dense.importance.numpy()
-        assert importance(engine, name) == pytest.approx(expected, rel=IMPORTANCE_TOLERANCE, abs=0)
 
 
 def check_dense(engine, reference, options, case=BASE, **more):
@@ -393,6 +299,7 @@ def test_preempted_after_every_step(engine, case, options):
     def disturb():
         check()
         preempted.append(engine.preempt_all())
+        engine.engine.reset_encoder_cache()  # the images are encoded again, also those behind the pruned length
         check()
 
     output = engine.run({"disturbed": request(case, **options)}, on_step=disturb)["disturbed"]
@@ -453,55 +360,3 @@ def test_same_id_again_after_an_abort(engine):
     engine.engine.abort_request([request_id], internal=True)
     engine.finish()
     assert_as_golden(engine, BASE, engine.run({BASE.name: request(BASE)})[BASE.name])
-
-
-# -- tensor parallelism ----------------------------------------------------------------------------------------
-
-SCRIPT = """
-import json, sys
-from tests.golden import cases
-from tests.engine.engines import case_params, case_prompt
-if __name__ == "__main__":
-    from vllm import LLM
-    folder, traces, out, *names = sys.argv[1:]
-    llm = LLM(folder, tensor_parallel_size=2, distributed_executor_backend="mp", max_model_len=2048, max_num_seqs=4,
-              max_num_batched_tokens=4096, limit_mm_per_prompt={"image": 1}, kv_cache_memory_bytes=32 * 2**20,
-              additional_config={"dvlm": {"trace_dir": traces}})
-    recorded = [cases.load(name) for name in names]
-    params = [case_params(case) for case in recorded]
-    params.append(case_params(recorded[0], extra_args={"diffusion_refresh_interval": 32}))
-    params.append(case_params(recorded[0], extra_args={"prune_method": "fastv", "diffusion_refresh_interval": 32}))
-    prompts = [case_prompt(case) for case in recorded + [recorded[0]] * 2]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    with open(out, "w") as file:
-        json.dump([[o.request_id, list(o.outputs[0].token_ids)] for o in outputs], file)
-"""
-
-
-def test_two_ranks_keep_the_same(engine, checkpoint, tmp_path):
-    """Exact as recorded; cached and with fastv as one rank does. Ranks that kept other tokens would part ways here."""
-    batch = [cases.load("f1_redvtp_keep25"), cases.load("f2_redvtp_keep50")]
-    engine.use(batch[0].build_args)
-    options = cases.extra_args(batch[0]) | {"diffusion_refresh_interval": 32}
-    one_rank = {"cached": request(batch[0], **options), "fastv": request(batch[0], **options | {"prune_method": "fastv"})}
-    outputs = engine.run(one_rank)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    script, out = tmp_path / "two_ranks.py", tmp_path / "results"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, script, checkpoint(seed=0), tmp_path, out, *(case.name for case in batch)],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    results = json.loads(out.read_text())
-    expected = [case.final_ids for case in batch] + [list(o.outputs[0].token_ids) for o in outputs.values()]
-    assert [tokens for _, tokens in results] == expected
-    kept = [case.pruning["kept_local_indices"] for case in batch]
-    kept += [engine.trace(name)["pruning"]["kept_local_indices"] for name in one_rank]
-    found = [json.loads((tmp_path / f"{name}.json").read_text())["pruning"] for name, _ in results]
-    assert [pruning["kept_local_indices"] for pruning in found] == kept

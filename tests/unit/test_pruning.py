@@ -210,7 +210,7 @@ def install(tmp_path, monkeypatch):
         info = tmp_path / "made_up_pruner-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up-pruner\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[{names.ENTRY_POINT_GROUP}]\n{entry} = made_up_pruner:Tail\n")
+        (info / "entry_points.txt").write_text(f"[vllm_dvlm.pruners]\n{entry} = made_up_pruner:Tail\n")
         (tmp_path / "made_up_pruner.py").write_text(MODULE)
         monkeypatch.syspath_prepend(tmp_path)
         names.targets.cache_clear()

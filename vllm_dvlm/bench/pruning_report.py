@@ -74,14 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
         axes.plot(keep, [row["N5 x"] for row in points], "C0o-", label="throughput, no cache")
         axes.plot(keep, [row["ideal"] for row in points], "C0:", label="throughput by counted FLOPs, no cache")
         axes.plot(keep, [row["cache x"] for row in points], "C2o-", label="throughput, cache + pruning / cache alone")
-        axes.set(xlabel="share of visual tokens kept", ylabel="times unpruned", xlim=(1.03, 0))
+        axes.set(xlabel="share of visual tokens kept", ylabel="times unpruned", xlim=(1.03, 0), ylim=(0, None))
         other = axes.twinx()
         few = description["free_blocks_with_requests"]
         label = f"free KV blocks, {few} requests in flight"
         other.plot(keep, [row["free blocks"] for row in points], "C1s--", label=label)
         other.set(ylabel=f"KV blocks of {description['capacity_pool_kv_blocks']}", ylim=(0, None))
         lines = [*axes.lines, *other.lines]
-        axes.legend(lines, [line.get_label() for line in lines], loc="upper left")
+        axes.legend(lines, [line.get_label() for line in lines], loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
     report(arguments, rows, figures, description, draw, csv_only=details)
     return 0

@@ -134,7 +134,7 @@ class DiffusionSampler:
         return SamplerOutput(tokens, None, None, zeros, zeros.clone())
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> [rows, V] float32; ids that the tokenizer does not know are -inf, as the reference cuts them."""
+        """[rows, hidden] -> [rows, V] float32; ids unknown to the tokenizer are -inf, the reference cuts them."""
         logits = self.model.vocab_logits(hidden_states)
         # Rows behind the tokenizer's last id are set aside rather than sliced off: the row stays contiguous.
         logits[:, self.state.token_ids.num_tokens :] = float("-inf")
