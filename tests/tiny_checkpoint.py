@@ -36,9 +36,7 @@ class SeededTensors(dict[str, torch.Tensor]):
         super().__init__()
         self.seed = seed
 
-    def normal(
-        self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0
-    ) -> torch.Tensor:
+    def normal(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> torch.Tensor:
         """Draw, store and return a float32 tensor."""
         key = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         rng = np.random.RandomState(np.frombuffer(key[:16], dtype="<u4"))
@@ -46,9 +44,7 @@ class SeededTensors(dict[str, torch.Tensor]):
         self[name] = torch.from_numpy(drawn.astype(np.float32))
         return self[name]
 
-    def linear(
-        self, name: str, rows: int, columns: int, std: float, bias_std: float | None = None
-    ) -> None:
+    def linear(self, name: str, rows: int, columns: int, std: float, bias_std: float | None = None) -> None:
         self.normal(name + ".weight", (rows, columns), std)
         if bias_std is not None:
             self.normal(name + ".bias", (rows,), bias_std)
@@ -169,9 +165,7 @@ def _save_weights(folder: Path, tensors: dict[str, torch.Tensor], num_shards: in
     """Write one file, or `num_shards` files and their index; return the file names."""
     names = sorted(tensors)
     if num_shards == 1:
-        save_file(
-            {name: tensors[name] for name in names}, folder / "model.safetensors", {"format": "pt"}
-        )
+        save_file({name: tensors[name] for name in names}, folder / "model.safetensors", {"format": "pt"})
         return ["model.safetensors"]
     weight_map = {}
     for shard in range(num_shards):
@@ -207,9 +201,7 @@ def build(
     decoy = f"{files.VISION_FOLDER}/model.safetensors"
     vision = _decoy_vision_tensors(seed)
     save_file({name: vision[name] for name in sorted(vision)}, folder / decoy, {"format": "pt"})
-    digests = {
-        name: _file_digest(folder / name) for name in [*weight_files, decoy, "tokenizer.json"]
-    }
+    digests = {name: _file_digest(folder / name) for name in [*weight_files, decoy, "tokenizer.json"]}
     return digests | {"content of model.safetensors": content_digest(tensors)}
 
 
@@ -220,9 +212,7 @@ def checkpoint(tmp_root: str | Path, **build_args) -> Path:
     edits a file must copy the folder first.
     """
     given = {key: value for key, value in sorted(build_args.items()) if value is not None}
-    folder = Path(tmp_root) / "-".join(
-        ["llada_v", *(f"{key}={value}" for key, value in given.items())]
-    )
+    folder = Path(tmp_root) / "-".join(["llada_v", *(f"{key}={value}" for key, value in given.items())])
     if not folder.exists():
         half_built = folder.with_name(folder.name + ".part")
         shutil.rmtree(half_built, ignore_errors=True)

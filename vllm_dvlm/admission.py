@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from vllm_dvlm.errors import InvalidRequest
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, check_lengths, resolve
+from vllm_dvlm.pruning import create
 
 if TYPE_CHECKING:
     from vllm import PoolingParams
@@ -65,7 +66,10 @@ def check_sampling_params(params: SamplingParams, settings: ServerSettings) -> N
     if RESUME_KEY in (params.extra_args or {}):
         raise InvalidRequest(f"{RESUME_KEY} is not an option; remove it", parameter=RESUME_KEY)
     try:
-        resolve(params.extra_args, params.max_tokens, settings)
+        options = resolve(params.extra_args, params.max_tokens, settings).options
+        if options.prune_method != "none":
+            # A method of a third party says for itself which rows it takes.
+            create(options.prune_method, options.prune_rows)
     except ValueError as error:
         # These messages begin with the name of what is wrong.
         raise InvalidRequest(str(error), parameter=str(error).split()[0].rstrip(":")) from error

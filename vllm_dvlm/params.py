@@ -250,7 +250,7 @@ def resolve(
         raise ValueError(
             f"diffusion_canvas_length {canvas} is larger than the server's max_canvas_length {limit}; "
             f"ask for at most {limit} or start the server with "
-            f"--additional-config '{{\"dvlm\": {{\"max_canvas_length\": {canvas}}}}}'"
+            f'--additional-config \'{{"dvlm": {{"max_canvas_length": {canvas}}}}}\''
         )
     block = block or canvas
     if canvas % block:

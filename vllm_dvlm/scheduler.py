@@ -200,9 +200,7 @@ class DiffusionScheduler(Scheduler):
         """vLLM's rule, but a request whose images do not all fit waits instead of running a part of its prompt."""
         # A preempted request that was pruned comes back shorter than its images, which lie in the original prompt.
         window = max(num_new_tokens, request.num_prompt_tokens)
-        images, end, *rest = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, window, *args, **kwargs
-        )
+        images, end, *rest = super()._try_schedule_encoder_inputs(request, num_computed_tokens, window, *args, **kwargs)
         if end < window:
             budget = args[0] if args else kwargs["encoder_compute_budget"]
             return [], 0, budget, [], []

@@ -144,9 +144,7 @@ def test_beam_search(front_end):
     """The parameters are those of vllm/entrypoints/generate/beam_search; its prompts bypass the renderer."""
     params = SamplingParams(logprobs=4, max_tokens=1, temperature=0, watermarking=False, detokenize=False)
     with pytest.raises(ValueError, match="use_beam_search"):
-        front_end.processor.process_inputs(
-            "r", {"type": "token", "prompt_token_ids": [5, 6]}, params, ("generate",)
-        )
+        front_end.processor.process_inputs("r", {"type": "token", "prompt_token_ids": [5, 6]}, params, ("generate",))
 
 
 def test_prompt_and_canvas_must_fit(front_end):

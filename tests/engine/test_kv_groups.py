@@ -1,4 +1,4 @@
-"""Late layers in a KV cache group of their own (fastv as the server's default method): the same results, fewer blocks."""
+"""Late layers in a KV cache group of their own (fastv as the server's method): the same results, fewer blocks."""
 
 import pytest
 

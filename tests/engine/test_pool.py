@@ -201,7 +201,8 @@ class Driver:
             end += length + rng.randint(0, 5)
         # Now and then too long for the model: the scheduler must fail that request alone.
         prompt_len = end + (MAX_LEN if rng.random() < 0.03 else rng.randint(1, 20))
-        params = SamplingParams(temperature=0, max_tokens=rng.choice([canvas, rng.randint(1, canvas)]), extra_args=options)
+        max_tokens = rng.choice([canvas, rng.randint(1, canvas)])
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=options)
         request = Request(name, [7] * prompt_len, params, None, mm_features=features)
         self.scheduler.add_request(request)
         self.arrived[name], self.waited[name] = self.num_steps, 0
@@ -226,7 +227,7 @@ class Driver:
         for new in output.scheduled_new_reqs:
             assert self.encoded >= set(self.twins[new.req_id].images), "a prompt without one of its images"
         cached = output.scheduled_cached_reqs
-        for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+        for _, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             assert blocks is None or not any(blocks), "a running request never needs more blocks"
         assert sum(output.num_scheduled_tokens.values()) <= MAX_TOKENS
         new_names = {new.req_id for new in output.scheduled_new_reqs}

@@ -238,9 +238,7 @@ def test_without_cache_images_keep_their_identity(checkpoint):
 
 
 def chat(front_end, content, **kwargs):
-    return front_end.render_chat([[{"role": "user", "content": content}]], ChatParams(**kwargs))[1][
-        0
-    ]
+    return front_end.render_chat([[{"role": "user", "content": content}]], ChatParams(**kwargs))[1][0]
 
 
 @pytest.mark.parametrize("name", ["b1_image_steps_eq_gen", "i1_two_images_anyres"])
@@ -266,9 +264,7 @@ def test_chat_with_the_checkpoints_own_template(fresh):
     text = {"type": "text", "text": "Please describe the image in detail."}
     part = {"type": "image_pil", "image_pil": images_of(case)[0]}
     system_text = (
-        case["prompt_text"]
-        .split("\n\n")[1]
-        .removesuffix("<|eot_id|><|start_header_id|>user<|end_header_id|>")
+        case["prompt_text"].split("\n\n")[1].removesuffix("<|eot_id|><|start_header_id|>user<|end_header_id|>")
     )
     messages = [{"role": "system", "content": system_text}]
     messages += [{"role": "user", "content": [text, part]}]
@@ -297,9 +293,7 @@ def test_expanded_prompt_is_not_expanded_again(fresh):
         render(fresh, {"prompt_token_ids": ids, "multi_modal_data": {"image": images_of(case)}})
 
 
-@pytest.mark.parametrize(
-    "mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "I", "F", "PA", "YCbCr"]
-)
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "I", "F", "PA", "YCbCr"])
 def test_images_of_any_mode(fresh, mode):
     image = Image.new("RGB", (40, 30), (200, 30, 60))
     if mode == "PA":

@@ -25,7 +25,7 @@ def server(tmp_path_factory):
 
 
 def most_in_flight(server, **options):
-    """Send the same request ``NUM_REQUESTS`` times at once; most requests that /metrics saw running, and the replies."""
+    """Send the same request ``NUM_REQUESTS`` times at once; most requests that ran at a time, and the replies."""
     body = chat_of("b1_image_steps_eq_gen", max_tokens=32, ignore_eos=True)
     body["vllm_xargs"] = {"diffusion_canvas_length": 32} | options
     most, done = 0, threading.Event()

@@ -74,12 +74,8 @@ def test_pixels_are_the_recorded_ones(name):
     assert hashlib.sha256(as_bytes.tobytes()).hexdigest() == stats["sha256_uint8_c_order"]
     flat = tiles.astype(np.float64).ravel()
     assert flat.sum() == pytest.approx(stats["sum"], rel=1e-9)
-    assert (flat * np.cos(0.001 * np.arange(flat.size))).sum() == pytest.approx(
-        stats["cos_checksum"], rel=1e-6
-    )
-    for tile, total, corners in zip(
-        tiles, case["tile_sums"], case["tile_corners_rgb"], strict=True
-    ):
+    assert (flat * np.cos(0.001 * np.arange(flat.size))).sum() == pytest.approx(stats["cos_checksum"], rel=1e-6)
+    for tile, total, corners in zip(tiles, case["tile_sums"], case["tile_corners_rgb"], strict=True):
         assert tile.astype(np.float64).sum() == pytest.approx(total, rel=1e-9)
         places = [(0, 0), (0, 383), (383, 0), (383, 383), (191, 191)]
         assert np.allclose([tile[:, y, x] for y, x in places], corners, atol=1e-6)
@@ -169,9 +165,7 @@ def test_pinpoints_in_all_notations():
     assert len(points) == 36 and points[1] == (384, 768)
 
 
-@pytest.mark.parametrize(
-    "value", [None, "", "six by six", [], [[384]], [[100, 384]], [[0, 384]], 7]
-)
+@pytest.mark.parametrize("value", [None, "", "six by six", [], [[384]], [[100, 384]], [[0, 384]], 7])
 def test_bad_pinpoints(value):
     with pytest.raises(ValueError, match="image_grid_pinpoints"):
         parse_pinpoints(value, 384)

@@ -58,9 +58,7 @@ def test_assistant_header_is_always_last(add_generation_prompt):
 
 def test_system_message_replaces_the_default():
     whole = render([{"role": "system", "content": " Be brief.\n"}, user("Hi")])
-    assert whole.startswith(
-        "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-    )
+    assert whole.startswith("<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>")
     assert "helpful language and vision" not in whole
 
 
@@ -73,9 +71,7 @@ def test_begin_of_text_stands_once():
 
 def test_places_of_images():
     assert turn(user(IMAGE, text("What?"))) == "<image>\nWhat?"
-    assert turn(user(text("Left "), IMAGE, text("right "), IMAGE, text("?"))) == (
-        "Left <image>\nright <image>\n?"
-    )
+    assert turn(user(text("Left "), IMAGE, text("right "), IMAGE, text("?"))) == ("Left <image>\nright <image>\n?")
     assert turn(user(IMAGE)) == "<image>\n"
     # The token after a placeholder is dropped: it must not be the end of the turn.
     assert turn(user(text("Look: "), IMAGE)) == "Look: <image>\n"

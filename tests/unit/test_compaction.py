@@ -86,7 +86,10 @@ def rotary(width, dtype):
 
     with set_current_vllm_config(VllmConfig()):
         return get_rope(
-            width, MAX_POSITION, is_neox_style=True, rope_parameters={"rope_type": "default", "rope_theta": BASE},
+            width,
+            MAX_POSITION,
+            is_neox_style=True,
+            rope_parameters={"rope_type": "default", "rope_theta": BASE},
             dtype=dtype,
         )
 
@@ -213,9 +216,7 @@ def make_manager(num_blocks=40, block_size=16):
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
-    spec = FullAttentionSpec(
-        block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32, non_causal=True
-    )
+    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32, non_causal=True)
     config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
     return KVCacheManager(
         config, max_model_len=640, scheduler_block_size=block_size, hash_block_size=block_size, enable_caching=False

@@ -74,9 +74,7 @@ def test_two_tower_config_in_the_sub_folder(tmp_path):
     folder = tmp_path / "my-siglip"
     folder.mkdir()
     vision = {"hidden_size": 48, "model_type": "siglip_vision_model"}
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "siglip", "vision_config": vision})
-    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": vision}))
     assert find_vision_config("my-siglip", str(tmp_path)).hidden_size == 48
     assert find_vision_config("some/other/my-siglip", str(tmp_path)).hidden_size == 48
 

@@ -68,7 +68,7 @@ def test_kept_are_ascending_and_as_many_as_asked(case, num_visual, keep_ratio):
     kept = select(case.pruner().importance(make_view(num_visual)), count).tolist()
     assert len(kept) == count
     assert kept == sorted(set(kept))
-    assert 0 <= kept[0] and kept[-1] < num_visual
+    assert kept[0] >= 0 and kept[-1] < num_visual
 
 
 @every_method

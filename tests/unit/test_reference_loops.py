@@ -25,9 +25,7 @@ IMPORTANCE_TOLERANCE = 2e-3
 # The official loop takes 2 s per forward of 950 positions: every text run, and of the runs with
 # images one per feature. The lean loop covers all.
 OFFICIAL_IMAGE_CASES = {"e3_stop_k2", "f1_redvtp_keep25", "g3_fast_r32_none", "g5_fast_r8_thr1"}
-OFFICIAL = [
-    case for case in RECORDED if not case.image_records or case.name in OFFICIAL_IMAGE_CASES
-]
+OFFICIAL = [case for case in RECORDED if not case.image_records or case.name in OFFICIAL_IMAGE_CASES]
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +92,12 @@ def assert_matches(result, case) -> None:
     else:
         assert result.kept_local_indices == case.pruning["kept_local_indices"]
         assert len(result.kept_local_indices) == case.pruning["keep_count"]
-        assert result.importance.numpy() == pytest.approx(
-            case.importance, rel=IMPORTANCE_TOLERANCE, abs=0
-        )
+        assert result.importance.numpy() == pytest.approx(case.importance, rel=IMPORTANCE_TOLERANCE, abs=0)
 
 
 def test_every_recorded_generation_is_covered():
     assert len(RECORDED) == 48
-    assert {case.mode for case in cases.all_cases()} - {"preprocess"} == {
-        case.mode for case in RECORDED
-    }
+    assert {case.mode for case in cases.all_cases()} - {"preprocess"} == {case.mode for case in RECORDED}
     assert {case.name for case in OFFICIAL} >= OFFICIAL_IMAGE_CASES
 
 
@@ -115,9 +109,7 @@ def test_lean_loop(case, load_model, merged_prompt):
 
 @pytest.mark.parametrize("case", OFFICIAL, ids=lambda case: case.name)
 def test_official_loop(case, load_model, merged_prompt):
-    result = official_loop(
-        load_model(case), merged_prompt(case), loop_options(case), chunk_rows=128
-    )
+    result = official_loop(load_model(case), merged_prompt(case), loop_options(case), chunk_rows=128)
     assert_matches(result, case)
 
 
@@ -129,9 +121,7 @@ def test_merged_embeddings(case, merged_prompt):
     recorded = case.raw["merged_embeddings"]
     rows = recorded.get("rows") or {"0": recorded["first_row"], "-1": recorded["last_row"]}
     for row, values in rows.items():
-        assert prompt.embeddings[int(row)].tolist() == pytest.approx(
-            values, rel=0, abs=EMBEDDING_TOLERANCE
-        )
+        assert prompt.embeddings[int(row)].tolist() == pytest.approx(values, rel=0, abs=EMBEDDING_TOLERANCE)
     stats = recorded["stats"]
     total = float(prompt.embeddings.double().sum())
     assert total == pytest.approx(stats["sum"], rel=0, abs=1e-5 * stats["abs_sum"])
@@ -155,9 +145,7 @@ def test_sharded_checkpoint_is_the_same_model(load_model, tmp_path):
     )
     assert torch.equal(whole.text.head, shards.text.head)
     assert all(
-        torch.equal(a[name], b[name])
-        for a, b in zip(whole.text.layers, shards.text.layers, strict=True)
-        for name in a
+        torch.equal(a[name], b[name]) for a, b in zip(whole.text.layers, shards.text.layers, strict=True) for name in a
     )
 
 

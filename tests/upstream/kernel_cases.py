@@ -191,9 +191,7 @@ def case_gather_block_tables(rng):
 def case_compute_slot_mappings(rng):
     batch = random_batch(rng)
     idx, starts = batch["idx_mapping"], batch["query_start_loc"]
-    ours.prepare_pos_seq_lens(
-        idx, starts, batch["num_computed_tokens"], batch["positions"], batch["seq_lens"]
-    )
+    ours.prepare_pos_seq_lens(idx, starts, batch["num_computed_tokens"], batch["positions"], batch["seq_lens"])
     idx[rng.random(len(idx)) < 0.2] = -1
     num_groups = int(rng.integers(1, 4))
     enabled = None if rng.random() < 0.5 else [bool(rng.random() < 0.7) for _ in range(num_groups)]

@@ -13,9 +13,7 @@ from vllm_dvlm import ARCHITECTURES
 from vllm_dvlm.cpu_host import defaults, platform_class
 
 vllm_platforms = pytest.importorskip("vllm.platforms")
-on_cpu_build = pytest.mark.skipif(
-    vllm_platforms.cpu_platform_plugin() is None, reason="vLLM is not a CPU build"
-)
+on_cpu_build = pytest.mark.skipif(vllm_platforms.cpu_platform_plugin() is None, reason="vLLM is not a CPU build")
 
 
 def test_no_platform_where_vllm_drives_a_device(monkeypatch):

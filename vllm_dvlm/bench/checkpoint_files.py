@@ -236,9 +236,7 @@ def llava_config(sizes: Sizes, torch_dtype: str = "float32") -> dict[str, Any]:
         "mm_projector_lr": None,
         "mm_vision_tower_lr": 2e-6,
         "image_aspect_ratio": "anyres_max_4",
-        "image_grid_pinpoints": [
-            [w * TILE_SIZE, h * TILE_SIZE] for w in range(1, 7) for h in range(1, 7)
-        ],
+        "image_grid_pinpoints": [[w * TILE_SIZE, h * TILE_SIZE] for w in range(1, 7) for h in range(1, 7)],
         "image_crop_resolution": None,
         "image_split_resolution": None,
         "add_faster_video": False,
@@ -269,9 +267,7 @@ def vision_config(sizes: Sizes, torch_dtype: str = "float32") -> dict[str, Any]:
     }
 
 
-def write_configs(
-    folder: Path, sizes: Sizes, torch_dtype: str = "float32", with_chat_template: bool = True
-) -> None:
+def write_configs(folder: Path, sizes: Sizes, torch_dtype: str = "float32", with_chat_template: bool = True) -> None:
     """Write every file of the checkpoint except the weights."""
     (folder / VISION_FOLDER).mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, with_chat_template)

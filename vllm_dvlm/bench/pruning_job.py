@@ -92,9 +92,7 @@ def job_of(arguments: argparse.Namespace, workdir: str) -> Job:
         if arguments.hidden < 64 or arguments.hidden % 64:
             raise ValueError("--hidden must be a multiple of 64.")
         heads = arguments.hidden // 64
-        sizes = dataclasses.replace(
-            sizes, hidden=arguments.hidden, heads=heads, intermediate=3 * arguments.hidden
-        )
+        sizes = dataclasses.replace(sizes, hidden=arguments.hidden, heads=heads, intermediate=3 * arguments.hidden)
     if arguments.layers is not None:
         if arguments.layers < 2:
             raise ValueError("--layers must be at least 2.")

@@ -32,16 +32,12 @@ class _Draws(dict[str, torch.Tensor]):
         super().__init__()
         self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
 
-    def normal(
-        self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0
-    ) -> torch.Tensor:
+    def normal(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> torch.Tensor:
         drawn = torch.randn(shape, generator=self.generator).mul_(std).add_(mean)
         self[name] = drawn.to(self.dtype)
         return self[name]
 
-    def linear(
-        self, name: str, rows: int, columns: int, gain: float = 1.0, with_bias: bool = False
-    ) -> torch.Tensor:
+    def linear(self, name: str, rows: int, columns: int, gain: float = 1.0, with_bias: bool = False) -> torch.Tensor:
         if with_bias:
             self.normal(name + ".bias", (rows,), 0.1)
         return self.normal(name + ".weight", (rows, columns), gain * columns**-0.5)
@@ -57,14 +53,10 @@ def _add_text(t: _Draws, sizes: Sizes) -> None:
     embedding = t.normal("model.embed_tokens.weight", (sizes.vocab_rows, width), 1.0)
     embedding[files.MASK] *= 0.3  # let the context decide at masked places
     embedding[:, 0] = CONSTANT
-    gain = min(
-        1.0, (4 / sizes.layers) ** 0.5
-    )  # the residual stream grows with the number of layers
+    gain = min(1.0, (4 / sizes.layers) ** 0.5)  # the residual stream grows with the number of layers
     for i in range(sizes.layers):
         layer = f"model.layers.{i}."
-        t.linear(
-            layer + "self_attn.q_proj", width, width, 2.0
-        )  # scores of std 4: some rows are looked at more
+        t.linear(layer + "self_attn.q_proj", width, width, 2.0)  # scores of std 4: some rows are looked at more
         t.linear(layer + "self_attn.k_proj", width, width, 2.0)
         t.linear(layer + "self_attn.v_proj", width, width)
         t.linear(layer + "self_attn.o_proj", width, width, 2.0 * gain)[0] = 0
@@ -139,17 +131,13 @@ def write_random_checkpoint(
     heads.
     """
     if sizes.vocab_rows < files.NUM_TOKENS:
-        raise ValueError(
-            f"vocab_rows must be at least {files.NUM_TOKENS}: the mask token's id lies there."
-        )
+        raise ValueError(f"vocab_rows must be at least {files.NUM_TOKENS}: the mask token's id lies there.")
     for width, heads in (
         (sizes.hidden, 2 * sizes.heads),
         (sizes.vision_hidden, sizes.vision_heads),
     ):
         if width % heads:
-            raise ValueError(
-                f"A width of {width} is no multiple of {heads}: rotary heads have an even width."
-            )
+            raise ValueError(f"A width of {width} is no multiple of {heads}: rotary heads have an even width.")
     folder = Path(folder)
     files.write_configs(folder, sizes, str(dtype).removeprefix("torch."))
     t = _Draws(seed, dtype)

@@ -19,9 +19,7 @@ def split_cores(cores: list[int], num_ranks: int) -> str:
         return "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))
     run = len(cores) // num_ranks
     used = run - 1 if run >= 4 else run
-    return "|".join(
-        ",".join(map(str, cores[rank * run : rank * run + used])) for rank in range(num_ranks)
-    )
+    return "|".join(",".join(map(str, cores[rank * run : rank * run + used])) for rank in range(num_ranks))
 
 
 def kv_bytes_per_token(vllm_config: "VllmConfig") -> int:

@@ -47,9 +47,7 @@ class VllmCpuFinder(DistributionFinder):
         """Never finds a module: this finder is about metadata alone."""
         return None
 
-    def find_distributions(
-        self, context: DistributionFinder.Context | None = None
-    ) -> Iterable[Distribution]:
+    def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterable[Distribution]:
         """The renamed distribution for the name ``vllm``; nothing for a listing or another name."""
         # A caller that names directories (pip does) asks what is installed there: nothing from us.
         if context is None or context.name != "vllm" or "path" in vars(context):

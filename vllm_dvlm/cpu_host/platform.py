@@ -66,10 +66,7 @@ class DvlmCpuPlatform(_Base):
         # vLLM would take 92 % of the host's memory for KV and refuse to start where less is free.
         # An explicit size or share wins.
         share = type(cache_config)().gpu_memory_utilization
-        if (
-            cache_config.kv_cache_memory_bytes is None
-            and cache_config.gpu_memory_utilization == share
-        ):
+        if cache_config.kv_cache_memory_bytes is None and cache_config.gpu_memory_utilization == share:
             cache_config.kv_cache_memory_bytes = default_kv_cache_bytes(vllm_config)
 
     @classmethod

@@ -18,9 +18,7 @@ def forbid(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return logits.index_fill_(1, token_ids, float("-inf"))
 
 
-def choose_tokens(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def choose_tokens(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """Token per row: argmax at temperature 0, else Gumbel-max with float64 noise.
 
     Args:

@@ -80,9 +80,7 @@ def _places(
         )
         return [(view.transpose(1, 2), (block, row)) for view in views]
     head = torch.arange(pages.shape[1], device=pages.device)[:, None]
-    return [
-        (pages, (block[:, None, None], head, offsets[row][:, None, :])) for offsets in (layout.key, layout.value)
-    ]
+    return [(pages, (block[:, None, None], head, offsets[row][:, None, :])) for offsets in (layout.key, layout.value)]
 
 
 def read_rows_reference(

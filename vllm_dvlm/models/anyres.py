@@ -85,9 +85,7 @@ class ImageLayoutConfig:
         """
         mode, max_grid_tiles = parse_aspect_ratio(value)
         if mode == "anyres" and not self.pinpoints:
-            raise ValueError(
-                f"image_aspect_ratio={value!r} needs image_grid_pinpoints, the checkpoint has none."
-            )
+            raise ValueError(f"image_aspect_ratio={value!r} needs image_grid_pinpoints, the checkpoint has none.")
         return replace(self, mode=mode, max_grid_tiles=max_grid_tiles)
 
     @property
@@ -132,9 +130,7 @@ def parse_aspect_ratio(value: object) -> tuple[str, int | None]:
         return "pad", None
     match = re.fullmatch(r"anyres(?:_max_([1-9]\d*))?", value) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(
-            f"image_aspect_ratio={value!r} is not supported: use 'anyres', 'anyres_max_N' or 'pad'."
-        )
+        raise ValueError(f"image_aspect_ratio={value!r} is not supported: use 'anyres', 'anyres_max_N' or 'pad'.")
     return "anyres", int(match[1]) if match[1] else None
 
 
@@ -149,9 +145,7 @@ def parse_pinpoints(value: object, tile_size: int) -> tuple[tuple[int, int], ...
         factors = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)\s*x\s*(\d+)\)", value)]
         if factors:
             (w0, h0), (w1, h1) = factors[0], factors[-1]
-            value = [
-                (a * tile_size, b * tile_size) for a in range(w0, w1 + 1) for b in range(h0, h1 + 1)
-            ]
+            value = [(a * tile_size, b * tile_size) for a in range(w0, w1 + 1) for b in range(h0, h1 + 1)]
         else:
             try:
                 value = ast.literal_eval(value)
@@ -162,14 +156,10 @@ def parse_pinpoints(value: object, tile_size: int) -> tuple[tuple[int, int], ...
     except (TypeError, ValueError):
         points = ()
     if not points:
-        raise ValueError(
-            "image_grid_pinpoints must list [width, height] pairs or read like '(1x1),...,(6x6)'."
-        )
+        raise ValueError("image_grid_pinpoints must list [width, height] pairs or read like '(1x1),...,(6x6)'.")
     for point in points:
         if any(side < tile_size or side % tile_size for side in point):
-            raise ValueError(
-                f"image_grid_pinpoints: {point} is no multiple of the tile size {tile_size}."
-            )
+            raise ValueError(f"image_grid_pinpoints: {point} is no multiple of the tile size {tile_size}.")
     return points
 
 
@@ -195,9 +185,7 @@ def layout_of(width: int, height: int, layout: ImageLayoutConfig) -> ImageLayout
     leaves nothing.
     """
     if width < 1 or height < 1:
-        raise ValueError(
-            f"An image of {width}x{height} pixels cannot be used: send one with at least one pixel."
-        )
+        raise ValueError(f"An image of {width}x{height} pixels cannot be used: send one with at least one pixel.")
     side = layout.patches_per_side
     if layout.mode == "pad":
         return ImageLayout(num_tiles=1, num_visual_tokens=side * side + 1)
@@ -316,9 +304,7 @@ def arrange(
         # float32 whatever the model's dtype: the weights of the four neighbours do not fit into
         # bfloat16.
         maps = grid.permute(2, 0, 1)[None].float()
-        maps = torch.nn.functional.interpolate(
-            maps, size=found.downsampled, mode="bilinear", align_corners=False
-        )
+        maps = torch.nn.functional.interpolate(maps, size=found.downsampled, mode="bilinear", align_corners=False)
         grid = maps[0].permute(1, 2, 0).to(features.dtype)
     ends = newline.expand(grid.shape[0], 1, hidden)
     return torch.cat([features[0], torch.cat([grid, ends], dim=1).flatten(0, 1)])
@@ -342,9 +328,7 @@ def _grid_canvas(image: Image.Image, layout: ImageLayoutConfig) -> Image.Image:
     else:
         new = min(math.ceil(width * scale_h), canvas_w), canvas_h
     canvas = Image.new("RGB", (canvas_w, canvas_h), _GRID_FILL)
-    canvas.paste(
-        image.resize(new, layout.resample), ((canvas_w - new[0]) // 2, (canvas_h - new[1]) // 2)
-    )
+    canvas.paste(image.resize(new, layout.resample), ((canvas_w - new[0]) // 2, (canvas_h - new[1]) // 2))
     return canvas
 
 

@@ -97,9 +97,7 @@ class LlavaLLaDAConfig(PreTrainedConfig):
         if isinstance(self.vision_config, dict):
             self.vision_config = _siglip_config(self.vision_config)
         elif self.vision_config is None:
-            self.vision_config = find_vision_config(
-                self.mm_vision_tower, kwargs.get("name_or_path")
-            )
+            self.vision_config = find_vision_config(self.mm_vision_tower, kwargs.get("name_or_path"))
         super().__post_init__(**kwargs)
 
 
@@ -194,12 +192,8 @@ def resolve_token_ids(config: Any, tokenizer: Any) -> TokenIds:
             f"No mask token: the tokenizer has neither {_MASK_TEXT!r} nor a mask_token. Name it "
             "with --hf-overrides '{\"mask_token_id\": ID}'."
         )
-    bos = _first(
-        vocab.get(_BOS_TEXT), _special(tokenizer, "bos_token_id"), _in_vocab(config, "bos_token_id")
-    )
-    eos = _first(
-        vocab.get(_EOS_TEXT), _special(tokenizer, "eos_token_id"), _in_vocab(config, "eos_token_id")
-    )
+    bos = _first(vocab.get(_BOS_TEXT), _special(tokenizer, "bos_token_id"), _in_vocab(config, "bos_token_id"))
+    eos = _first(vocab.get(_EOS_TEXT), _special(tokenizer, "eos_token_id"), _in_vocab(config, "eos_token_id"))
     forbidden = _explicit_many(config, "forbidden_token_ids")
     if forbidden is None:
         found = [vocab[text] for text in _FORBIDDEN_TEXTS if text in vocab]
@@ -208,9 +202,7 @@ def resolve_token_ids(config: Any, tokenizer: Any) -> TokenIds:
         mask_token_id=mask,
         bos_token_id=bos,
         eos_token_id=eos,
-        end_of_turn_token_id=_first(
-            _explicit(config, "end_of_turn_token_id"), vocab.get(_END_OF_TURN_TEXT)
-        ),
+        end_of_turn_token_id=_first(_explicit(config, "end_of_turn_token_id"), vocab.get(_END_OF_TURN_TEXT)),
         forbidden_token_ids=tuple(sorted(set(forbidden))),
         num_tokens=len(tokenizer),
     )
@@ -232,10 +224,7 @@ def resolve_image_token_id(config: Any, tokenizer: Any) -> int:
         ids = resolve_token_ids(config, tokenizer)
         taken = {ids.mask_token_id, ids.bos_token_id, ids.eos_token_id, ids.end_of_turn_token_id}
         if explicit in taken.union(ids.forbidden_token_ids) or explicit >= config.vocab_size:
-            raise ValueError(
-                f"image_token_index={explicit} is taken or outside the vocabulary: choose an "
-                "unused id."
-            )
+            raise ValueError(f"image_token_index={explicit} is taken or outside the vocabulary: choose an unused id.")
         return explicit
     vocab = tokenizer.get_vocab()
     after_last = max(max(vocab.values()) + 1, len(tokenizer))
@@ -291,9 +280,7 @@ def _special(tokenizer: Any, name: str) -> int | None:
 def _explicit(config: Any, name: str) -> int | None:
     value = getattr(config, name, None)
     if value is not None and not 0 <= value < config.vocab_size:
-        raise ValueError(
-            f"{name}={value} lies outside the vocabulary of {config.vocab_size} tokens."
-        )
+        raise ValueError(f"{name}={value} lies outside the vocabulary of {config.vocab_size} tokens.")
     return value
 
 
@@ -303,9 +290,7 @@ def _explicit_many(config: Any, name: str) -> list[int] | None:
         return None
     for value in values:
         if not 0 <= value < config.vocab_size:
-            raise ValueError(
-                f"{name} contains {value}, outside the vocabulary of {config.vocab_size} tokens."
-            )
+            raise ValueError(f"{name} contains {value}, outside the vocabulary of {config.vocab_size} tokens.")
     return list(values)
 
 

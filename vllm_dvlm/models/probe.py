@@ -37,7 +37,8 @@ def attention_to_columns(
         end = min(first + step, num_heads)
         # Views where every head has keys of its own: copies would take longer than the product.
         mine = keys[first:end] if group == 1 else keys[torch.arange(first, end, device=query.device) // group]
-        scores = torch.matmul(query[:, first:end].transpose(0, 1), mine.transpose(1, 2)).float()
+        # In float32 whatever the model's dtype: bfloat16 scores would be off by percents.
+        scores = torch.matmul(query[:, first:end].transpose(0, 1).float(), mine.transpose(1, 2).float())
         # Columns are taken after the sum over heads: few rows to pick from.
         out += torch.softmax(scores.mul_(scale), dim=-1).sum(dim=0).index_select(1, columns)
 

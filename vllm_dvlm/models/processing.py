@@ -58,14 +58,10 @@ class RgbDataParser(MultiModalDataParser):
         if data is None:
             return None
         if self.is_embeddings(data):
-            raise InvalidRequest(
-                "Image embeddings are not supported: send the image.", parameter="image"
-            )
+            raise InvalidRequest("Image embeddings are not supported: send the image.", parameter="image")
         if isinstance(data, (Image.Image, MediaWithBytes)) or getattr(data, "ndim", None) == 3:
             data = [data]
-        return ImageProcessorItems(
-            [to_rgb(item) if isinstance(item, Image.Image) else item for item in data]
-        )
+        return ImageProcessorItems([to_rgb(item) if isinstance(item, Image.Image) else item for item in data])
 
 
 class LLaDAVProcessingInfo(BaseProcessingInfo):
@@ -80,9 +76,7 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
     def get_data_parser(self) -> MultiModalDataParser:
         return RgbDataParser()
 
-    def get_mm_max_tokens_per_item(
-        self, seq_len: int, mm_counts: Mapping[str, int]
-    ) -> Mapping[str, int]:
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """Tokens of the largest image that fits into a prompt; says so without processing one."""
         return {"image": min(self.max_image_tokens, seq_len)}
 
@@ -122,8 +116,7 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
         unknown = [*merged, *(name for name in options if name != _ASPECT_RATIO)]
         if unknown:
             raise InvalidRequest(
-                f"mm_processor_kwargs {unknown} are not settings of this model; it knows "
-                f"{_ASPECT_RATIO!r}.",
+                f"mm_processor_kwargs {unknown} are not settings of this model; it knows {_ASPECT_RATIO!r}.",
                 parameter="mm_processor_kwargs",
             )
         config = self.get_hf_config()
@@ -210,9 +203,7 @@ class LLaDAVMultiModalProcessor(BaseMultiModalProcessor[LLaDAVProcessingInfo]):
         inputs.prompt = [self.info.image_token_id] * mm_counts.get("image", 0)
         return inputs
 
-    def _call_hf_processor(
-        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
-    ) -> BatchFeature:
+    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         layout = self.info.layout_for(hf_kwargs)
         images = [to_rgb(image) for image in hf_data["images"]]
         for image in images:

@@ -56,9 +56,7 @@ def configure_model(model_config: "ModelConfig") -> None:
       image would fail. `--mm-processor-cache-gb 0` turns the cache off as always.
     """
     if model_config.tokenizer_mode not in ("auto", "hf", TOKENIZER_MODE):
-        raise ValueError(
-            f"--tokenizer-mode {model_config.tokenizer_mode} is not supported: leave it out."
-        )
+        raise ValueError(f"--tokenizer-mode {model_config.tokenizer_mode} is not supported: leave it out.")
     model_config.tokenizer_mode = TOKENIZER_MODE
     mm_config = model_config.multimodal_config
     if mm_config is not None:
@@ -124,9 +122,7 @@ class LLaDAVRenderer(HfRenderer):
         # Not cut to length piece by piece; vLLM checks and truncates the whole afterwards.
         token_ids = tokenize_pieces(
             prompt["prompt"],
-            lambda text: tokenizer(
-                text, add_special_tokens=params.add_special_tokens, truncation=False
-            )["input_ids"],
+            lambda text: tokenizer(text, add_special_tokens=params.add_special_tokens, truncation=False)["input_ids"],
             tokenizer.bos_token_id,
             self.mm_processor.info.image_token_id,
         )
@@ -136,15 +132,11 @@ class LLaDAVRenderer(HfRenderer):
         self._check_without_image(prompt)
         return super()._process_tokens(prompt, skip_mm_cache=skip_mm_cache)
 
-    async def _process_tokens_async(
-        self, prompt: "TokensPrompt", *, skip_mm_cache: bool = False
-    ) -> Any:
+    async def _process_tokens_async(self, prompt: "TokensPrompt", *, skip_mm_cache: bool = False) -> Any:
         self._check_without_image(prompt)
         return await super()._process_tokens_async(prompt, skip_mm_cache=skip_mm_cache)
 
-    def _process_mm_uuids(
-        self, mm_data: Any, mm_data_items: Any, mm_uuid_items: Any, mm_req_id: str
-    ) -> Any:
+    def _process_mm_uuids(self, mm_data: Any, mm_data_items: Any, mm_uuid_items: Any, mm_req_id: str) -> Any:
         # With the processor cache off vLLM names images after the request. By their content, the
         # encoder's cache still recognises an image it has seen.
         self._validate_mm_uuids(mm_data, mm_data_items, mm_uuid_items)
@@ -157,9 +149,7 @@ class LLaDAVRenderer(HfRenderer):
             check_placeholders(prompt["prompt_token_ids"], image_token_id, num_images=0)
 
 
-def tokenize_pieces(
-    text: str, encode: Any, bos_token_id: int | None, image_token_id: int
-) -> list[int]:
+def tokenize_pieces(text: str, encode: Any, bos_token_id: int | None, image_token_id: int) -> list[int]:
     """Ids of a text whose `<image>`s stand for images [3].
 
     The text is cut at `<image>` and each piece is encoded alone. Where the first piece begins with

@@ -47,9 +47,7 @@ class VisionStack(nn.Module):
             require_post_norm=False,
             prefix=maybe_prefix(prefix, "vision_tower"),
         )
-        self.mm_projector = build_projector(
-            config.mm_projector_type, vision_config.hidden_size, config.hidden_size
-        )
+        self.mm_projector = build_projector(config.mm_projector_type, vision_config.hidden_size, config.hidden_size)
         self.image_newline = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
 
     @staticmethod
@@ -66,10 +64,7 @@ class VisionStack(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[T, 3, H, W] of any float dtype to projected patch features, [T, P * P, D] in the
         weights' dtype."""
-        projected = [
-            self.mm_projector(self.vision_tower(tiles))
-            for tiles in pixel_values.split(_TILES_PER_PASS)
-        ]
+        projected = [self.mm_projector(self.vision_tower(tiles)) for tiles in pixel_values.split(_TILES_PER_PASS)]
         return projected[0] if len(projected) == 1 else torch.cat(projected)
 
     def embed(
@@ -111,8 +106,7 @@ class VisionStack(nn.Module):
             pixel_values = torch.cat(list(pixel_values))
         # These three stay on the host (`keep_on_cpu`), so reading them waits for nothing.
         num_tiles, sizes, limits = (
-            torch.as_tensor(kwargs[name]).cpu()
-            for name in ("num_tiles", "image_sizes", "grid_limits")
+            torch.as_tensor(kwargs[name]).cpu() for name in ("num_tiles", "image_sizes", "grid_limits")
         )
         return self.embed(
             pixel_values.flatten(0, -4),
@@ -132,9 +126,7 @@ def build_projector(kind: str, vision_width: int, width: int) -> nn.Module:
         return nn.Linear(vision_width, width)
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if match is None:
-        raise ValueError(
-            f"mm_projector_type={kind!r} is not supported: use 'linear' or 'mlpNx_gelu'."
-        )
+        raise ValueError(f"mm_projector_type={kind!r} is not supported: use 'linear' or 'mlpNx_gelu'.")
     layers: list[nn.Module] = [nn.Linear(vision_width, width)]
     for _ in range(int(match[1]) - 1):
         layers += [nn.GELU(), nn.Linear(width, width)]

@@ -14,6 +14,7 @@ Adding a method, in five places:
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib import import_module
 
 from vllm_dvlm.pruning.base import Pruner, StepView
@@ -34,4 +35,8 @@ def create(method: str, rows: str | None = None) -> Pruner:
     """
     module, name = targets()[method].split(":")
     cls = getattr(import_module(module), name)
-    return cls() if rows is None else cls(rows=rows)
+    if rows is None:
+        return cls()
+    if "rows" not in {f.name for f in fields(cls)}:
+        raise ValueError(f"prune_rows does not go with prune_method {method!r}; remove it")
+    return cls(rows=rows)

@@ -21,10 +21,11 @@ class RandomPruner(Pruner):
 
 @dataclass(frozen=True)
 class UniformPruner(Pruner):
-    """Spatially even: every prefix of the ranking is spread over the whole token sequence.
+    """Even along the token sequence: every prefix of the ranking is spread over all of it.
 
-    Visual tokens lie row by row, so an even choice of indices is an even choice of places. The ranking is that of the
-    bit-reversed index (van der Corput), whose first k points are even for every k.
+    Visual tokens lie row by row, so an even choice of indices spreads over the picture, too, unless a row's length
+    (newline included) is a power of two. The ranking is that of the bit-reversed index (van der Corput), whose first k
+    points are even for every k.
     """
 
     def importance(self, view: StepView) -> torch.Tensor:

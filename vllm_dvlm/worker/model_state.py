@@ -65,7 +65,6 @@ class StepBatch:
     query_len: np.ndarray
     kv_len: np.ndarray
 
-
     def pruning(self) -> list[tuple[RequestSlot, bool]]:
         """Each request, and whether it prunes in this step."""
         return [(s, s.pruned_plan is not None and s.num_steps == 0) for s in self.slots]

@@ -60,9 +60,7 @@ def describe_images(features: list[MultiModalFeatureSpec], layout: ImageLayoutCo
 class TraceRecorder:
     """Collects the steps of one request and writes the file when it ends."""
 
-    def __init__(
-        self, trace_dir: str, slot: RequestSlot, hf_config: Any, images: list[dict[str, Any] | None]
-    ) -> None:
+    def __init__(self, trace_dir: str, slot: RequestSlot, hf_config: Any, images: list[dict[str, Any] | None]) -> None:
         # Clients choose part of the id (X-Request-Id): nothing of it may name a folder.
         name = re.sub(r"[^A-Za-z0-9._-]", "_", client_request_id(slot.req_id)).lstrip(".") or "request"
         self.path = Path(trace_dir) / f"{name}.json"

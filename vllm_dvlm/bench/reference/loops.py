@@ -47,13 +47,9 @@ class LoopOptions:
             raise ValueError("max_steps must be a multiple of the number of blocks.")
         cached = self.refresh_interval > 1 or self.threshold is not None
         if cached and (self.cfg_scale or self.prune_keep_ratio is not None):
-            raise ValueError(
-                "The original hook has neither guidance nor pruning (points 38 and 46)."
-            )
+            raise ValueError("The original hook has neither guidance nor pruning (points 38 and 46).")
         if self.cfg_scale and self.prune_keep_ratio is not None:
-            raise ValueError(
-                "Guidance and pruning do not go together in the original code (point 46)."
-            )
+            raise ValueError("Guidance and pruning do not go together in the original code (point 46).")
 
     @property
     def num_blocks(self) -> int:
@@ -99,9 +95,7 @@ class _Sequence:
         canvas = self.mask_embedding.expand(options.canvas_length, -1)
         suffix = model.embed(list(options.suffix_ids))
         if ((prompt.embeddings - self.mask_embedding).abs() < 1e-5).all(-1).any():
-            raise ValueError(
-                "A mask token in the prompt is filled by the original; not covered here."
-            )
+            raise ValueError("A mask token in the prompt is filled by the original; not covered here.")
         self.x = torch.cat([prompt.embeddings, canvas, suffix])[None]  # [1, T, D]
         self.prompt_len = len(prompt.embeddings)
         self.cache: KVCache | None = None
@@ -298,9 +292,7 @@ class _Decoder:
         if probe is not None and still_masked.any():
             _prune(sequence, probe, still_masked)
 
-    def _record(
-        self, positions: torch.Tensor, confidence: torch.Tensor, k: int, num_candidates: int
-    ) -> None:
+    def _record(self, positions: torch.Tensor, confidence: torch.Tensor, k: int, num_candidates: int) -> None:
         result = self.sequence.result
         batch, length = result.forward_shapes[-1]
         result.steps.append(

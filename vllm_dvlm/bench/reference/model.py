@@ -113,9 +113,7 @@ class TextModel:
     def __init__(self, config: dict, tensors: Tensors):
         self.num_heads = config["num_attention_heads"]
         if config.get("num_key_value_heads", self.num_heads) != self.num_heads:
-            raise ValueError(
-                "The reference model covers multi-head attention only, as LLaDA-V has it."
-            )
+            raise ValueError("The reference model covers multi-head attention only, as LLaDA-V has it.")
         self.eps, self.theta = config["rms_norm_eps"], config["rope_theta"]
         self.num_layers = config["num_hidden_layers"]
         self.embedding, self.head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
@@ -123,9 +121,7 @@ class TextModel:
         self.layers = [self._layer(tensors, f"model.layers.{i}.") for i in range(self.num_layers)]
         half = self.embedding.shape[1] // self.num_heads // 2
         exponents = torch.arange(half, dtype=torch.float32) / half
-        self.frequencies = (
-            1.0 / self.theta**exponents
-        )  # [E / 2]; this order of operations, bit for bit
+        self.frequencies = 1.0 / self.theta**exponents  # [E / 2]; this order of operations, bit for bit
 
     @staticmethod
     def _layer(tensors: Tensors, prefix: str) -> Tensors:
@@ -160,17 +156,13 @@ class TextModel:
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
             normed = _rms_norm(x, layer["norm1"], self.eps)
-            q, k, v = (
-                _split_heads(t, self.num_heads) for t in F.linear(normed, layer["qkv"]).chunk(3, -1)
-            )
+            q, k, v = (_split_heads(t, self.num_heads) for t in F.linear(normed, layer["qkv"]).chunk(3, -1))
             q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
             if cache is not None:
                 k, v = cache.update(i, start, k, v)
             attend = F.scaled_dot_product_attention if probe is None else probe.attend
             x = x + F.linear(_join_heads(attend(q, k, v)), layer["out"])
-            gate, up = F.linear(_rms_norm(x, layer["norm2"], self.eps), layer["gate_up"]).chunk(
-                2, -1
-            )
+            gate, up = F.linear(_rms_norm(x, layer["norm2"], self.eps), layer["gate_up"]).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer["down"])
         return x
 
@@ -185,28 +177,19 @@ class VisionModel:
     def __init__(self, config: dict, tensors: Tensors):
         self.num_heads = config["num_attention_heads"]
         self.eps = config.get("layer_norm_eps", 1e-6)
-        self.t = {
-            n.removeprefix(VISION_PREFIX): t
-            for n, t in tensors.items()
-            if n.startswith(VISION_PREFIX)
-        }
+        self.t = {n.removeprefix(VISION_PREFIX): t for n, t in tensors.items() if n.startswith(VISION_PREFIX)}
         stored = {int(n.split(".")[2]) for n in self.t if n.startswith("encoder.layers.")}
         # A file saved before the loader cut the tower still holds the last layer; it must not be
         # used.
         self.num_layers = min(len(stored), config.get("num_hidden_layers", len(stored) + 1) - 1)
-        self.projector = {
-            n: tensors["model.mm_projector." + n]
-            for n in ("0.weight", "0.bias", "2.weight", "2.bias")
-        }
+        self.projector = {n: tensors["model.mm_projector." + n] for n in ("0.weight", "0.bias", "2.weight", "2.bias")}
         self.image_newline = tensors["model.image_newline"]  # [D]
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return F.linear(x, self.t[name + ".weight"], self.t[name + ".bias"])
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.layer_norm(
-            x, x.shape[-1:], self.t[name + ".weight"], self.t[name + ".bias"], self.eps
-        )
+        return F.layer_norm(x, x.shape[-1:], self.t[name + ".weight"], self.t[name + ".bias"], self.eps)
 
     def tower(self, pixels: torch.Tensor) -> torch.Tensor:
         """[S, 729, vision width] of normalised pixels [S, 3, 384, 384]."""
@@ -231,9 +214,7 @@ class VisionModel:
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """[..., D] of tower outputs."""
         p = self.projector
-        return F.linear(
-            F.gelu(F.linear(features, p["0.weight"], p["0.bias"])), p["2.weight"], p["2.bias"]
-        )
+        return F.linear(F.gelu(F.linear(features, p["0.weight"], p["0.bias"])), p["2.weight"], p["2.bias"])
 
 
 class ReferenceModel:
@@ -251,9 +232,7 @@ class ReferenceModel:
         config = json.loads((folder / "config.json").read_text())
         # The tower's own folder gives sizes only: its weights differ from the trained ones.
         vision_file = folder / config["mm_vision_tower"] / "config.json"
-        vision_config = (
-            json.loads(vision_file.read_text()) if vision_file.exists() else RELEASE_VISION
-        )
+        vision_config = json.loads(vision_file.read_text()) if vision_file.exists() else RELEASE_VISION
         tensors: Tensors = {}
         for file in sorted(folder.glob("model*.safetensors")):
             with safe_open(file, "pt") as weights:
@@ -265,9 +244,7 @@ class ReferenceModel:
         return F.embedding(torch.as_tensor(token_ids, dtype=torch.long), self.text.embedding)
 
     @torch.inference_mode()
-    def image_features(
-        self, images: Sequence[Image.Image], aspect_ratio: str | None = None
-    ) -> list[torch.Tensor]:
+    def image_features(self, images: Sequence[Image.Image], aspect_ratio: str | None = None) -> list[torch.Tensor]:
         """Visual tokens [N, D] of each image in sequence order, row ends included (points 5-15)."""
         config = self.config | ({"image_aspect_ratio": aspect_ratio} if aspect_ratio else {})
         layout = anyres.ImageLayoutConfig.from_hf_config(
@@ -284,9 +261,7 @@ class ReferenceModel:
     def merge(self, prompt_ids: Sequence[int], features: Sequence[torch.Tensor] = ()) -> Prompt:
         """Put image features in place of the placeholders (point 16)."""
         if prompt_ids.count(IMAGE_TOKEN_INDEX) != len(features):
-            raise ValueError(
-                f"{len(features)} images for {prompt_ids.count(IMAGE_TOKEN_INDEX)} placeholders."
-            )
+            raise ValueError(f"{len(features)} images for {prompt_ids.count(IMAGE_TOKEN_INDEX)} placeholders.")
         parts, spans, length, todo = [], [], 0, iter(features)
         for token in prompt_ids:
             part = next(todo) if token == IMAGE_TOKEN_INDEX else self.embed([token])
@@ -319,10 +294,7 @@ def prompt_token_ids(tokenizer, prompt_text: str) -> list[int]:
     Pieces between images are tokenised alone. When the text begins with BOS, the original code
     takes it for added by the tokenizer and drops the first token of every later piece; so do we.
     """
-    first, *rest = [
-        tokenizer(piece, add_special_tokens=False)["input_ids"]
-        for piece in prompt_text.split("<image>")
-    ]
+    first, *rest = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in prompt_text.split("<image>")]
     has_bos = bool(first) and first[0] == tokenizer.bos_token_id
     ids = list(first)
     for piece in rest:
