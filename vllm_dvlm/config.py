@@ -44,6 +44,7 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Scheduler, budgets and switches; ValueError for what is not supported."""
+        _choose_runner()
         _refuse(vllm_config)
         settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         # Defaults that no request could be served with are refused here rather than request by request.
@@ -83,6 +84,16 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
             settings.trace_dir,
             settings.defaults,
         )
+
+
+def _choose_runner() -> None:
+    """On a CPU host, Model Runner V2 even if a model of vLLM's own was built in this process before."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm_dvlm.cpu_host.platform import DvlmCpuPlatform
+
+        DvlmCpuPlatform.choose_runner(is_ours=True)
 
 
 def _use_cpu_kernels(vllm_config: VllmConfig) -> None:

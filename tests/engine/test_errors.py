@@ -4,6 +4,7 @@ The front end is vLLM's own (renderer and InputProcessor), which ``LLM`` and the
 Over HTTP: test_server.py.
 """
 
+import os
 import io
 
 import pytest
@@ -242,8 +243,20 @@ def test_refused_at_start_up(checkpoint, changes, match):
 
 def test_model_runner_v1_is_refused(checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.delenv("VLLM_DVLM_WROTE_MODEL_RUNNER", raising=False)
     with pytest.raises(ValueError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
         engine_config(checkpoint)
+
+
+def test_after_a_model_of_vllms_own_in_the_same_process(checkpoint, monkeypatch):
+    """Such a model leaves Model Runner V1 behind, which vLLM reads from the environment."""
+    from vllm_dvlm.cpu_host.platform import DvlmCpuPlatform
+
+    for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_DVLM_WROTE_MODEL_RUNNER"):
+        monkeypatch.setenv(name, "1")
+    DvlmCpuPlatform.choose_runner(is_ours=False)
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert engine_config(checkpoint).use_v2_model_runner
 
 
 def test_offline(engine):

@@ -101,9 +101,8 @@ def platform(monkeypatch):
     from vllm_dvlm.cpu_host.platform import DvlmCpuPlatform
 
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_CPU_OMP_THREADS_BIND"):
+    for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_DVLM_WROTE_MODEL_RUNNER", "VLLM_CPU_OMP_THREADS_BIND"):
         os.environ.pop(name, None)
-    monkeypatch.setattr(DvlmCpuPlatform, "_runner_written", None)
     monkeypatch.setattr(DvlmCpuPlatform, "_bind_written", None)
     return DvlmCpuPlatform
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
+# The value of _RUNNER_ENV that this class wrote, to tell it from one that the user set; children inherit both.
+_RUNNER_MARK_ENV = "VLLM_DVLM_WROTE_MODEL_RUNNER"
 _BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 
 # The smallest size that the CPU attention kernels like (a multiple of 32). vLLM's default is 128,
@@ -36,8 +38,7 @@ class DvlmCpuPlatform(_Base):
     # resource: `ray start --num-gpus=<ranks>` on a host without GPUs.
     ray_device_key = "GPU"
 
-    # The value that this class itself wrote, to tell it from one that the user set.
-    _runner_written: str | None = None
+    # The binding that this class itself wrote, to tell it from one that the user set.
     _bind_written: str | None = None
 
     @classmethod
@@ -46,12 +47,19 @@ class DvlmCpuPlatform(_Base):
         super().apply_config_platform_defaults(vllm_config)
         if vllm_config.model_config is None:
             return
-        # The Triton backend flag makes Model Runner V2 the default for every model, but only the
-        # kernels on our models' path have torch stand-ins; others would die at the first launch.
-        wanted = "1" if _is_ours(vllm_config) else "0"
+        cls.choose_runner(_is_ours(vllm_config))
+
+    @classmethod
+    def choose_runner(cls, is_ours: bool) -> None:
+        """Model Runner V2 for our models, V1 for others, unless the user chose.
+
+        The Triton backend flag makes V2 the default for every model, but only the kernels on our models' path have
+        torch stand-ins; others would die at the first launch. vLLM reads the choice from the environment alone, and
+        one process may build both kinds of model, one after another.
+        """
         current = os.environ.get(_RUNNER_ENV)
-        if current is None or current == cls._runner_written:
-            os.environ[_RUNNER_ENV] = cls._runner_written = wanted
+        if current is None or current == os.environ.get(_RUNNER_MARK_ENV):
+            os.environ[_RUNNER_ENV] = os.environ[_RUNNER_MARK_ENV] = "1" if is_ours else "0"
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
