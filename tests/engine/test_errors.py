@@ -4,8 +4,8 @@ The front end is vLLM's own (renderer and InputProcessor), which ``LLM`` and the
 Over HTTP: test_server.py.
 """
 
-import os
 import io
+import os
 
 import pytest
 from PIL import Image
