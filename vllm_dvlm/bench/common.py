@@ -16,7 +16,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,13 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
     return tqdm(items, desc=label, total=total, disable=None, leave=False, dynamic_ncols=True)
 
 
+def progress_bar(label: str, total: int) -> Any:
+    """A bar to move by hand, as `progress` otherwise: a context manager with `update(count=1)`."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, disable=None, leave=False, dynamic_ncols=True)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
@@ -166,14 +173,24 @@ def write_json(path: str | Path, figures: Row) -> None:
     Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def write_png(path: str | Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4.5)) -> None:
-    """Let `draw(axes)` fill a matplotlib axes and save it."""
+def write_png(
+    path: str | Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4.5), panels: int = 1
+) -> None:
+    """Let `draw(axes)` fill a matplotlib axes and save it; a list of axes in two columns if there are several panels.
+
+    size: inches of one panel.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--png needs matplotlib: pip install 'vllm-dvlm[plot]'.") from error
-    figure = Figure(figsize=size, layout="constrained")  # without pyplot: no display, no global state
-    draw(figure.subplots())
+    columns, lines = min(2, panels), -(-panels // 2)
+    # Without pyplot: no display, no global state.
+    figure = Figure(figsize=(size[0] * columns, size[1] * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for unused in axes[panels:]:
+        unused.remove()
+    draw(axes[:panels] if panels > 1 else axes[0])
     figure.savefig(path, dpi=150)
 
 
@@ -191,22 +208,26 @@ def report(
     description: Row,
     draw: Callable[[Any], None] | None = None,
     csv_only: Sequence[Row] = (),
+    csv_columns: Collection[str] = (),
+    json_only: Row | None = None,
+    panels: int = 1,
 ) -> None:
     """Print table, figures and description; write the files that were asked for.
 
     `figures` keys begin with the number of the figure (N3_exact_batch1_vs_official_loop). Peak memory of this process
-    is added unless the description brings that of a child. `csv_only` are rows that the table does not show.
+    is added unless the description brings that of a child. `csv_only` are rows and `csv_columns` columns that the
+    printed table does not show, `json_only` figures that are not printed. panels: see `write_png`.
     """
     if arguments.png and draw is None:
         raise ValueError("This bench draws nothing: leave --png away.")
     description = {"peak_rss_gib": peak_rss_bytes() / 2**30} | description
-    print(format_table(rows))
+    print(format_table([{name: row[name] for name in row if name not in csv_columns} for row in rows]))
     print()
     for name, value in (figures | description).items():
         print(f"{name}: {_cell(value)}")
     if arguments.csv:
         write_csv(arguments.csv, [*rows, *csv_only])
     if arguments.json:
-        write_json(arguments.json, figures | description)
+        write_json(arguments.json, figures | (json_only or {}) | description)
     if arguments.png and draw is not None:
-        write_png(arguments.png, draw)
+        write_png(arguments.png, draw, panels=panels)

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_dvlm.bench import engine_env
 from vllm_dvlm.bench.checkpoint_files import Sizes
@@ -116,12 +116,19 @@ def job_of(arguments: argparse.Namespace, workdir: str) -> Job:
     )
 
 
-def _call(module: str, function: str, job: Job) -> Measured:
+class AnyJob(Protocol):
+    """Settings of a measurement that runs in a child process; they have to be picklable."""
+
+    @property
+    def threads(self) -> int: ...
+
+
+def _call(module: str, function: str, job: AnyJob) -> Measured:
     """In the child: heavy imports happen here, under the environment that the parent has set."""
     return getattr(importlib.import_module(module), function)(job)
 
 
-def in_child(module: str, function: str, job: Job) -> Measured:
+def in_child(module: str, function: str, job: AnyJob) -> Measured:
     """`module.function(job)` in a fresh process: an engine, its threads and its peak memory are its own."""
     engine_env.prepare(job.threads)
     context = multiprocessing.get_context("spawn")
