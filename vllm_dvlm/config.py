@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vllm.config import ModelConfig
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -15,11 +16,28 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_dvlm.params import ServerSettings, resolve
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
 
 SCHEDULER = "vllm_dvlm.scheduler.DiffusionScheduler"
+
+
+class WholeSequenceModelConfig(ModelConfig):
+    """A model's configuration that says what denoising cannot have.
+
+    vLLM asks it for its defaults, which without us would be 'on', the same as an explicit flag.
+    """
+
+    @property
+    def is_prefix_caching_supported(self) -> bool:
+        """False: KV rows of a prompt depend on the canvas behind it, and pruning moves them."""
+        return False
+
+    @property
+    def is_chunked_prefill_supported(self) -> bool:
+        """False: the first forward pass is a denoising step over prompt and canvas together."""
+        return False
 
 
 class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
@@ -34,6 +52,8 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         from vllm_dvlm.models.renderer import configure_model
 
         configure_model(model_config)
+        # There is no seam for it: the two properties are asked between the two hooks, and fields do not feed them.
+        model_config.__class__ = WholeSequenceModelConfig
         config = model_config.hf_config
         ids = resolve_token_ids(config, cached_tokenizer_from_config(model_config))
         config.mask_token_id = ids.mask_token_id
@@ -152,13 +172,16 @@ def _refuse(vllm_config: VllmConfig) -> None:
             f"cannot move the scales of --kv-cache-dtype {cache.cache_dtype}: use auto or fp8",
         ),
         (scheduler.async_scheduling is True, "must see a step's result before the next: remove --async-scheduling"),
+        (
+            cache.enable_prefix_caching,
+            "recomputes and rewrites the KV rows of its prompt: remove --enable-prefix-caching",
+        ),
+        (
+            scheduler.enable_chunked_prefill,
+            "computes prompt and canvas in one denoising step: remove --enable-chunked-prefill",
+        ),
         (model_config.enable_prompt_embeds, "takes text and token prompts only: remove --enable-prompt-embeds"),
     ]
     for refused, remedy in problems:
         if refused:
             raise ValueError(f"LLaDA-V {remedy}")
-    for name in ("enable_chunked_prefill", "enable_prefix_caching"):
-        holder = scheduler if name == "enable_chunked_prefill" else cache
-        if getattr(holder, name):
-            # vLLM turns both on by default, so a value of True does not mean that somebody asked for it.
-            logger.info("%s is off for LLaDA-V: a denoising step recomputes and rewrites its whole sequence", name)

@@ -227,6 +227,9 @@ START_UP = [
     ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv-transfer"),
     ({"enable_prompt_embeds": True}, "prompt-embeds"),
     ({"async_scheduling": True}, "async-scheduling"),
+    ({"enable_prefix_caching": True}, "remove --enable-prefix-caching"),
+    ({"enable_chunked_prefill": True}, "remove --enable-chunked-prefill"),
+    ({"kv_cache_dtype": "int8_per_token_head"}, "use auto or fp8"),
     ({"tokenizer_mode": "slow"}, "tokenizer"),
     ({"additional_config": {"dvlm": {"max_canvas_lenght": 5}}}, "max_canvas_lenght.*did you mean max_canvas_length"),
     ({"additional_config": {"dvlm": {"max_canvas_length": "5"}}}, "max_canvas_length must be an integer"),
@@ -239,6 +242,13 @@ START_UP = [
 def test_refused_at_start_up(checkpoint, changes, match):
     with pytest.raises(ValueError, match=match):
         engine_config(checkpoint, **changes)
+
+
+@pytest.mark.parametrize("given", [None, False])
+def test_off_unless_forced_on(checkpoint, given):
+    config = engine_config(checkpoint, enable_prefix_caching=given, enable_chunked_prefill=given)
+    assert not config.cache_config.enable_prefix_caching
+    assert not config.scheduler_config.enable_chunked_prefill
 
 
 def test_model_runner_v1_is_refused(checkpoint, monkeypatch):

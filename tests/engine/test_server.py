@@ -306,12 +306,29 @@ def test_same_image_right_after_refusals(server):
         assert text_of(server.send(chat_of(IMAGE))) == expected(IMAGE)
 
 
-def test_bad_streamed_request(server):
-    """vLLM has sent the status line by the time the engine's front end sees the parameters: the error is an event."""
+@pytest.mark.parametrize("make", [chat_of, completion_of], ids=["chat", "completion"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vllm_xargs": {"diffusion_block_lenght": 8}}, "did you mean diffusion_block_length"),
+        ({"vllm_xargs": {"diffusion_canvas_length": 100_000}}, "diffusion_canvas_length"),
+        ({"min_tokens": 2}, "min_tokens"),
+    ],
+    ids=["option", "length", "parameter"],
+)
+def test_bad_streamed_request(server, make, changes, message):
+    """As if it had not been streamed: the same status and the same body."""
+    bad = make(TEXT) | changes
+    plain = server.send(bad, status=400)
+    streamed = server.send(bad | {"stream": True}, status=400)
+    assert streamed == plain
+    assert re.search(message, streamed["error"]["message"])
+
+
+def test_bad_streamed_request_with_the_openai_package(server):
     body = chat_of(TEXT, xargs={"diffusion_block_lenght": 8}, stream=True)
-    with pytest.raises(openai.APIError, match="did you mean diffusion_block_length") as caught:
-        list(server.openai.chat.completions.create(**openai_args(body)))
-    assert caught.value.body["code"] == 400
+    with pytest.raises(openai.BadRequestError, match="did you mean diffusion_block_length"):
+        server.openai.chat.completions.create(**openai_args(body))
     assert text_of(server.send(chat_of(TEXT))) == expected(TEXT)
 
 

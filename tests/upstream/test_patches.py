@@ -9,6 +9,7 @@ import pytest
 from vllm_dvlm import upstream
 from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels as p001
 from vllm_dvlm.patches.vllm import p002_validate_request as p002
+from vllm_dvlm.patches.vllm import p003_stream_status as p003
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,10 +35,12 @@ def bark(self):
 
 
 def test_fingerprints_match_the_installed_vllm():
-    upstream.check(p001.PATCHES)
+    upstream.check([*p001.PATCHES, *p002.PATCHES, *p003.PATCHES])
 
 
-@pytest.mark.parametrize("patch", (*p001.PATCHES, *p002.PATCHES), ids=lambda p: p.target.rpartition(":")[2])
+@pytest.mark.parametrize(
+    "patch", (*p001.PATCHES, *p002.PATCHES, *p003.PATCHES), ids=lambda p: p.target.rpartition(":")[2]
+)
 def test_header_is_complete(patch):
     assert all(getattr(patch, f.name) for f in dataclasses.fields(patch) if f.name != "sources")
     assert (ROOT / patch.test).is_file()

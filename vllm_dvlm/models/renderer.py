@@ -21,6 +21,7 @@ from vllm_dvlm.errors import refusals_are_value_errors
 from vllm_dvlm.models.configuration import resolve_token_ids
 from vllm_dvlm.models.processing import check_placeholders
 from vllm_dvlm.params import ServerSettings
+from vllm_dvlm.patches.vllm import p003_stream_status
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -69,6 +70,7 @@ class LLaDAVRenderer(HfRenderer):
 
     def __init__(self, config: "VllmConfig", tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
+        p003_stream_status.install()
         # On the renderer's own copy, so not before: copying a vLLM tokenizer rebuilds it.
         if self.tokenizer is not None and self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = default_chat_template()
