@@ -68,6 +68,11 @@ class LayerObserver(Protocol):
     def keeps_kv(self) -> bool:
         """True if a later step of a request in the batch reads the KV that this step writes."""
 
+    @property
+    def final_rows(self) -> torch.Tensor | None:
+        """[rows] int64 ascending, the rows whose final hidden state is read; None for all. Behind the last layer's
+        attention only these are computed, the others end as zeros."""
+
     def observe(self, layer: int, attention: LLaDAAttention, query: torch.Tensor, key: torch.Tensor) -> None:
         """Queries and keys of a layer after the rotary embedding, [rows, heads * head size]."""
 
@@ -103,19 +108,34 @@ class BidirectionalAttention(Attention):
         return spans
 
     def attend_whole(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: list[tuple[int, int]]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: list[tuple[int, int]],
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention inside each range of ``spans``, without reading the KV cache.
 
-        q: [N, H, D], k and v: [N, KV heads, D]; D need not be the cache's head size. Returns [N, H * D].
+        q: [N, H, D], k and v: [N, KV heads, D]; D need not be the cache's head size. ``rows``, ascending, are the
+        queries to compute; None for all. Returns [N or len(rows), H * D].
         """
+        bounds = spans
+        if rows is not None:
+            q = q[rows]
+            edges = torch.searchsorted(rows, torch.tensor(spans)).tolist()
+            bounds = [tuple(pair) for pair in edges]
         out = torch.empty_like(q)
-        for first, end in spans:
-            heads = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
+        for (first, end), (top, bottom) in zip(spans, bounds, strict=True):
+            keys, values = (x[first:end].transpose(0, 1)[None] for x in (k, v))
             mixed = F.scaled_dot_product_attention(
-                *heads, scale=self.impl.scale, enable_gqa=self.num_heads != self.num_kv_heads
+                q[top:bottom].transpose(0, 1)[None],
+                keys,
+                values,
+                scale=self.impl.scale,
+                enable_gqa=self.num_heads != self.num_kv_heads,
             )
-            out[first:end] = mixed[0].transpose(0, 1)
+            out[top:bottom] = mixed[0].transpose(0, 1)
         return out.flatten(1)
 
     # Set by the layer that owns this: True or False where late layers have a KV cache group of their own.
@@ -180,8 +200,10 @@ class LLaDAAttention(nn.Module):
         late = ServerSettings.from_additional_config(vllm_config.additional_config).late_group_start()
         self.attn.is_late = None if late is None else self.layer_index >= late
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """positions: [N] int64 rotary positions; hidden_states: [N, hidden]. Returns [N, hidden]."""
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """positions: [N] int64 rotary positions; hidden_states: [N, hidden]. Returns [N, hidden], or ``rows`` of it."""
         qkv, _ = self.qkv_proj(hidden_states)
         kv_width = self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([self.num_heads * self.head_dim, kv_width, kv_width], dim=-1)
@@ -193,13 +215,14 @@ class LLaDAAttention(nn.Module):
             if self.observer is None or self.observer.keeps_kv:
                 keys, values = (self._pad(x).view(-1, self.num_kv_heads, self.padded_dim) for x in (k, v))
                 torch.ops.vllm.unified_kv_cache_update(keys, values, self.attn.layer_name)
-            out = self.attn.attend_whole(*(x.view(len(x), -1, self.head_dim) for x in (q, k, v)), spans)
+            out = self.attn.attend_whole(*(x.view(len(x), -1, self.head_dim) for x in (q, k, v)), spans, rows)
+            rows = None
         elif self.padded_dim == self.head_dim:
             out = self.attn(q, k, v)
         else:
             out = self.attn(self._pad(q), self._pad(k), self._pad(v))
             out = out.view(-1, self.num_heads, self.padded_dim)[..., : self.head_dim].reshape(q.shape)
-        out, _ = self.o_proj(out)
+        out, _ = self.o_proj(out if rows is None else out[rows])
         return out
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
@@ -251,15 +274,21 @@ class LLaDADecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[N, hidden] and residual of the same shape, None before the first layer."""
+        """[N, hidden] and residual of the same shape, None before the first layer; both cut to ``rows`` if given."""
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states = self.self_attn(positions, hidden_states, rows)
+        if rows is not None:
+            residual = residual[rows]
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         return self.mlp(hidden_states), residual
 
@@ -302,13 +331,19 @@ class LLaDAModel(nn.Module):
         """positions: [N] int64; inputs_embeds: [N, hidden]. Returns [N, hidden] after the final norm."""
         hidden_states, residual = inputs_embeds, None
         observed = self.observer is not None and self.observer.active
+        final_rows = self.observer.final_rows if self.observer is not None else None
         for index, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer)):
-            hidden_states, residual = layer(positions, hidden_states, residual)
+            rows = final_rows if index == self.end_layer - 1 else None
+            hidden_states, residual = layer(positions, hidden_states, residual, rows)
             if observed:
                 positions, hidden_states, residual = self.observer.after_layer(
                     index, positions, hidden_states, residual
                 )
         hidden_states, _ = self.norm(hidden_states, residual)
+        if final_rows is not None:
+            every = hidden_states.new_zeros(inputs_embeds.shape)
+            every[final_rows] = hidden_states
+            return every
         return self.observer.finish_forward(hidden_states) if observed else hidden_states
 
     def set_observer(self, observer: LayerObserver) -> None:

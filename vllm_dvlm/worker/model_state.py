@@ -92,6 +92,7 @@ class DiffusionModelState(ModelState):
         self.slots: dict[int, RequestSlot] = {}
         self.req_idx_of: dict[str, int] = {}
         self.step: StepBatch | None = None
+        self.runs_eagerly = False
         self.block_tables: BlockTables | None = None
         self.group_of: dict[str, int] = {}
         self.num_layers = self.model_config.hf_config.num_hidden_layers
@@ -247,6 +248,9 @@ class DiffusionModelState(ModelState):
             row_position.append(positions)
             token_rows.append(input_batch.query_start_loc_np[b] + slot.plan.prompt_len - start + positions)
         input_batch.logits_indices = torch.from_numpy(np.concatenate(token_rows)).to(self.device, non_blocking=True)
+        # Rows move inside a step with segments, and a captured graph has fixed shapes.
+        if self.runs_eagerly and len(input_batch.logits_indices) and not self.pruner.segments:
+            self.pruner.final_rows = input_batch.logits_indices
         query_len = input_batch.num_scheduled_tokens
         self.step = StepBatch(
             slots,
@@ -348,6 +352,7 @@ class DiffusionModelState(ModelState):
         query_start_gpu = input_batch.query_start_loc[: num_reqs + 1]
         metadata = build(query_start, query_start_gpu, seq_lens_np, input_batch.seq_lens, slot_mappings)
         self.pruner.begin(input_batch)
+        self.runs_eagerly = cudagraph_mode.name == "NONE" and not for_capture
         for layer in sorted({job.layer for job in self.pruner.jobs if job.layer is not None}):
             start, rows, removed = self.pruner.shortened(query_start, layer)
             slots = slot_mappings[:, torch.from_numpy(rows).to(self.device, non_blocking=True)]

@@ -85,6 +85,7 @@ class StepPruner:
         self._layouts: dict[str, PageLayout] = {}
         self.last_ms = 0.0
         self.keeps_kv = True
+        self.final_rows: torch.Tensor | None = None
 
     @property
     def active(self) -> bool:
@@ -98,6 +99,7 @@ class StepPruner:
         self.jobs = []
         self.segments = {}
         self._rows = None
+        self.final_rows = None
         self.keeps_kv = False
         for b, req_idx in enumerate(input_batch.idx_mapping_np.tolist()):
             slot = self.state.slots.get(req_idx)
