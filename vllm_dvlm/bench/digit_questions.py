@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 PATCH = 14  # pixels per cell side: the patch size of LLaDA-V's vision tower
-GRID = 16  # cells per side of a held-out picture, which makes it 224 pixels wide: one tile, nothing is resized
+GRID = 12  # cells per side of a held-out picture, which makes it 168 pixels wide: one tile, nothing is resized
 NUM_DIGITS = 6  # digits per picture
 NUM_TRAINING = 1500  # of scikit-learn's 1,797 digits
 MAX_COUNT = 4  # "how many" is at least 1 and at most this
@@ -51,6 +51,30 @@ class Question:
     question: str
     answer: str
     kind: str
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """Handwritten digits ready to paint.
+
+    Attributes:
+        shapes: [S, M, M, PATCH, PATCH] uint8, ink 0 to 255; one copy per place (M x M of them) in the cell.
+        labels: [S] int64, 0 to 9.
+    """
+
+    shapes: np.ndarray
+    labels: np.ndarray
+
+    def draw(self, rng: np.random.Generator, digits: np.ndarray) -> np.ndarray:
+        """Ink of a random sample of each digit at a random place: `digits`' shape + [PATCH, PATCH] uint8."""
+        import numpy as np
+
+        order = np.argsort(self.labels, kind="stable")
+        num_of = np.bincount(self.labels, minlength=10)
+        begin = np.cumsum(num_of) - num_of
+        samples = order[begin[digits] + (rng.random(digits.shape) * num_of[digits]).astype(np.int64)]
+        moves = self.shapes.shape[1]
+        return self.shapes[samples, rng.integers(moves, size=digits.shape), rng.integers(moves, size=digits.shape)]
 
 
 @dataclass(frozen=True)
@@ -115,11 +139,11 @@ def held_out(num: int, seed: int = 0, grid: int = GRID) -> list[Question]:
 
     rng = np.random.default_rng((seed, 0xD161))
     scenes = draw_scenes(rng, np.arange(num) % len(KINDS), grid, grid)
-    first, end = NUM_TRAINING, len(_digits()[0])
+    glyphs = glyphs_of(*held_out_digits())
     images: list[np.ndarray] = []
     for start in range(0, num, 64):  # a thousand pictures at once would take half a gigabyte while being drawn
         part = slice(start, min(start + 64, num))
-        images += list(join_cells(paint(rng, _take(scenes, part), grid, grid, first, end)))
+        images += list(join_cells(paint(rng, _take(scenes, part), grid, grid, glyphs)))
     return [Question(images[i], scenes.question(i), scenes.answer(i), KINDS[scenes.kinds[i]]) for i in range(num)]
 
 
@@ -175,22 +199,13 @@ def _draw_cells(rng: np.random.Generator, paired: np.ndarray, sides: np.ndarray,
     return np.take_along_axis(cells, order, axis=1)
 
 
-def paint(
-    rng: np.random.Generator, scenes: Scenes, rows: int, columns: int, first: int = 0, end: int = NUM_TRAINING
-) -> np.ndarray:
-    """Pixels of the scenes by cell, [B, R, C, PATCH, PATCH, 3] uint8, light noise included.
-
-    Args:
-        first, end: which of scikit-learn's digits may be used; by default those for training.
-    """
+def paint(rng: np.random.Generator, scenes: Scenes, rows: int, columns: int, glyphs: Glyphs) -> np.ndarray:
+    """Pixels of the scenes by cell, [B, R, C, PATCH, PATCH, 3] uint8, light noise included."""
     import numpy as np
 
     num = len(scenes)
-    samples = _draw_samples(rng, scenes.digits, first, end)
-    moves = PATCH - _SPRITE + 1
-    shape = _shapes()[samples, rng.integers(moves, size=samples.shape), rng.integers(moves, size=samples.shape)]
-    tints = np.array(list(COLOURS.values()), dtype=np.float32)[scenes.colours]  # [B, K, 3]
-    ink = shape[..., None] * (tints[:, :, None, None] - _BACKGROUND)
+    tints = np.array(list(COLOURS.values()), dtype=np.uint16)[scenes.colours] - _BACKGROUND  # [B, K, 3]
+    ink = glyphs.draw(rng, scenes.digits)[..., None] * tints[:, :, None, None] // 255
     bank, size = _noise_bank(), rows * columns * PATCH * PATCH * 3
     starts = rng.integers(_NOISE_BANK - size, size=num)
     pictures = np.stack([bank[start : start + size] for start in starts])
@@ -206,48 +221,47 @@ def join_cells(cells: np.ndarray) -> np.ndarray:
     return cells.swapaxes(2, 3).reshape(num, rows * PATCH, columns * PATCH, 3)
 
 
-def _draw_samples(rng: np.random.Generator, digits: np.ndarray, first: int, end: int) -> np.ndarray:
-    """A handwritten sample in [first, end) for each digit; same shape as `digits`."""
-    import numpy as np
-
-    labels = _digits()[1][first:end]
-    order = np.argsort(labels, kind="stable") + first
-    num_of = np.bincount(labels, minlength=10)
-    begin = np.cumsum(num_of) - num_of
-    return order[begin[digits] + (rng.random(digits.shape) * num_of[digits]).astype(np.int64)]
-
-
 def _take(scenes: Scenes, part: slice) -> Scenes:
     return Scenes(**{name: values[part] for name, values in vars(scenes).items()})
 
 
+def training_digits() -> tuple[np.ndarray, np.ndarray]:
+    """(pictures [1500, 8, 8] float32 in [0, 1], labels [1500] int64)."""
+    pictures, labels = _digits()
+    return pictures[:NUM_TRAINING], labels[:NUM_TRAINING]
+
+
+def held_out_digits() -> tuple[np.ndarray, np.ndarray]:
+    """(pictures [297, 8, 8] float32 in [0, 1], labels [297] int64); other writers than the training digits'."""
+    pictures, labels = _digits()
+    return pictures[NUM_TRAINING:], labels[NUM_TRAINING:]
+
+
+def glyphs_of(pictures: np.ndarray, labels: np.ndarray) -> Glyphs:
+    """Enlarge digits [S, 8, 8] to the size they have in a picture, at every place in the cell."""
+    import numpy as np
+
+    # Linear interpolation as a matrix, applied to both sides.
+    at = (np.arange(_SPRITE) + 0.5) * 8 / _SPRITE - 0.5
+    weight = np.clip(1 - np.abs(at[:, None] - np.arange(8)), 0, 1).astype(np.float32)
+    weight /= weight.sum(axis=1, keepdims=True)
+    large = (weight @ pictures @ weight.T * 255).astype(np.uint8)
+    moves = PATCH - _SPRITE + 1
+    placed = np.zeros((len(large), moves, moves, PATCH, PATCH), dtype=np.uint8)
+    for y in range(moves):
+        for x in range(moves):
+            placed[:, y, x, y : y + _SPRITE, x : x + _SPRITE] = large
+    return Glyphs(placed, labels)
+
+
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """(pictures [1797, 8, 8] float32 in [0, 1], labels [1797] int64)."""
+    """All of scikit-learn's digits: ([1797, 8, 8] float32 in [0, 1], labels [1797] int64)."""
     import numpy as np
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     return (bunch.images / 16).astype(np.float32), bunch.target.astype(np.int64)
-
-
-@functools.cache
-def _shapes() -> np.ndarray:
-    """Every digit at every place in its cell, [1797, moves, moves, PATCH, PATCH] float32 in [0, 1]."""
-    import numpy as np
-
-    small, _ = _digits()
-    # Linear interpolation as a matrix, applied to both sides.
-    at = (np.arange(_SPRITE) + 0.5) * 8 / _SPRITE - 0.5
-    weight = np.clip(1 - np.abs(at[:, None] - np.arange(8)), 0, 1).astype(np.float32)
-    weight /= weight.sum(axis=1, keepdims=True)
-    large = weight @ small @ weight.T
-    moves = PATCH - _SPRITE + 1
-    placed = np.zeros((len(small), moves, moves, PATCH, PATCH), dtype=np.float32)
-    for y in range(moves):
-        for x in range(moves):
-            placed[:, y, x, y : y + _SPRITE, x : x + _SPRITE] = large
-    return placed
 
 
 @functools.cache
