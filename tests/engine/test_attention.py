@@ -17,13 +17,17 @@ HEAD_SIZE, NUM_HEADS, MASK_ID = 16, 4, 126336
 
 @dataclass
 class Step:
-    """One forward pass. calls: per layer [q, k, v, out], each [N, heads * head size]; hidden: [N, hidden]."""
+    """One forward pass. calls: per layer [q, k, v, out], each [N, heads * head size]; hidden: [N, hidden].
+
+    read: rows whose final hidden state is read; the last layer's out has only those. None: all.
+    """
 
     req_ids: list[str]
     first_row: list[int]
     num_computed: list[int]
     calls: list[list[torch.Tensor]] = field(default_factory=list)
     hidden: torch.Tensor | None = None
+    read: torch.Tensor | None = None
 
     def rows(self, request):
         return slice(self.first_row[request], self.first_row[request + 1])
@@ -58,6 +62,8 @@ def recorded_steps(engine, monkeypatch):
 
     def on_model(module, inputs, out):
         steps[-1].hidden = out.double().clone()
+        read = engine.model_state.pruner.final_rows
+        steps[-1].read = None if read is None else read.clone()
 
     attentions = [layer.self_attn for layer in engine.model.model.layers]
     handles = [engine.model.model.register_forward_hook(on_model)]
@@ -87,6 +93,12 @@ def dense_attention(q, k, v, causal):
     return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
 
+def own_rows(step, request):
+    """The rows of a request that are read, [rows] int64 in the batch."""
+    rows = step.rows(request)
+    return step.read[(step.read >= rows.start) & (step.read < rows.stop)]
+
+
 def assert_bidirectional(steps):
     """Every call of every layer; cached keys are those of the request's last whole forward. Returns cached steps."""
     cache, num_cached = {}, 0
@@ -96,13 +108,19 @@ def assert_bidirectional(steps):
             rows, start = step.rows(r), step.num_computed[r]
             num_cached += start > 0
             for layer, call in enumerate(step.calls):
-                q, k, v, out = (x[rows] for x in call)
+                q, k, v = (x[rows] for x in call[:3])
+                is_cut = layer == 3 and step.read is not None
+                read = own_rows(step, r) if is_cut else torch.arange(rows.start, rows.stop)
+                out = call[3][torch.isin(step.read, read)] if is_cut else call[3][rows]
                 if start:
                     old_k, old_v = cache[req_id, layer]
                     k, v = torch.cat([old_k[:start], k]), torch.cat([old_v[:start], v])
                 cache[req_id, layer] = (k, v)
-                assert (out - dense_attention(q, k, v, causal=False)).abs().max() < 1e-4
-                assert (out - dense_attention(q, k, v, causal=True)).abs().max() > 1e-2
+                expected = dense_attention(q, k, v, causal=False)[read - rows.start]
+                assert out.shape == expected.shape
+                assert (out - expected).abs().max() < 1e-4
+                if not is_cut:  # the canvas alone may be its last row, which sees everything either way
+                    assert (out - dense_attention(q, k, v, causal=True)).abs().max() > 1e-2
     return num_cached
 
 
@@ -115,23 +133,39 @@ def test_backends_of_this_host(engine):
     assert {layer.self_attn.head_dim for layer in engine.model.model.layers} == {HEAD_SIZE}
 
 
+def compute_all_rows(engine, monkeypatch):
+    """Let the last layer compute rows that nobody reads, too."""
+    setter = property(lambda self: None, lambda self, rows: None)
+    monkeypatch.setattr(type(engine.model_state.pruner), "final_rows", setter, raising=False)
+
+
+@pytest.mark.parametrize("all_rows", [False, True])
 @pytest.mark.parametrize("always_the_backend", [False, True])
-def test_attention_layers(engine, recorded_steps, monkeypatch, always_the_backend):
+def test_attention_layers(engine, recorded_steps, monkeypatch, always_the_backend, all_rows):
     """Steps of whole sequences take a shorter way on CPUs; with it, and with all steps in the backend's kernel."""
     from vllm_dvlm.models import llada
 
     if always_the_backend:
         monkeypatch.setattr(llada.BidirectionalAttention, "whole_sequences", lambda self: None)
+    if all_rows:
+        compute_all_rows(engine, monkeypatch)
     engine.use({"seed": 0})
     engine.run({name: request(name) for name in (TEXT, CACHED, IMAGE)})
+    assert all((step.read is None) == all_rows for step in recorded_steps)
     assert len(recorded_steps[0].req_ids) == 3
     assert assert_bidirectional(recorded_steps) >= 16
 
 
-def test_hidden_states_of_a_request(engine, recorded_steps, checkpoint):
-    """The whole model: all rows, prompt included, in whole and in cached steps, among another request's rows."""
+@pytest.mark.parametrize("all_rows", [False, True])
+def test_hidden_states_of_a_request(engine, recorded_steps, checkpoint, monkeypatch, all_rows):
+    """The whole model: all rows, prompt included, in whole and in cached steps, among another request's rows.
+
+    And as it runs: rows that are read have the same numbers, all others are zero.
+    """
     from vllm_dvlm.bench.reference.model import KVCache, ReferenceModel, _rms_norm
 
+    if all_rows:
+        compute_all_rows(engine, monkeypatch)
     engine.use({"seed": 0})
     case = cases.load(CACHED)
     engine.run({TEXT: request(TEXT), CACHED: request(CACHED)})
@@ -150,6 +184,12 @@ def test_hidden_states_of_a_request(engine, recorded_steps, checkpoint):
             hidden = _rms_norm(hidden, model.text.norm, model.text.eps)
         ours = step.hidden[step.rows(r)]
         assert ours.shape == hidden.shape
+        if not all_rows:
+            read = own_rows(step, r) - step.first_row[r]
+            skipped = torch.ones(len(ours), dtype=torch.bool)
+            skipped[read] = False
+            assert len(read) and not ours[skipped].any()
+            ours, hidden = ours[read], hidden[read]
         assert (ours - hidden).abs().max() < 1e-3 * hidden.abs().max()
         for position, token in zip(recorded["pos"], recorded["ids"], strict=True):
             canvas[position] = token
