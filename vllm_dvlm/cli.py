@@ -10,7 +10,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(dest="bench", required=True)
 
-    from vllm_dvlm.bench import capacity, engine, latency, pruning_report, quality, throughput
+    from vllm_dvlm.bench import capacity, engine, frontier, latency, pruning_report, quality, throughput
 
     for name, module, text in (
         ("engine", engine, "token equality, overhead, speed against plain loops, memory"),
@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("throughput", throughput, "requests per second in a small KV pool against keep ratio"),
         ("capacity", capacity, "requests in flight and free KV blocks against keep ratio"),
         ("quality", quality, "exact match of answers for modes, pruning methods and keep ratios"),
+        ("frontier", frontier, "quality against throughput: exact match and answers per second side by side"),
         ("pruning", pruning_report, "latency, throughput and capacity in one table and one plot"),
     ):
         sub = bench.add_parser(name, help=text)

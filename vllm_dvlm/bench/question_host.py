@@ -83,15 +83,8 @@ class QuestionHost:
 
     def params(self, setting: Setting, seed: int) -> SamplingParams:
         """Greedy sampling parameters of a request; the seed is that of random pruning."""
-        extra: dict[str, Any] = {
-            "diffusion_canvas_length": self.job.canvas,
-            "diffusion_max_steps": self.job.num_steps,
-        }
-        if self.job.block is not None:
-            extra["diffusion_block_length"] = self.job.block
-        return SamplingParams(
-            temperature=0, max_tokens=self.job.canvas, seed=seed, extra_args=extra | setting.options()
-        )
+        extra_args = self.job.request_options(setting)
+        return SamplingParams(temperature=0, max_tokens=self.job.canvas, seed=seed, extra_args=extra_args)
 
     def _add(self, item: Item, setting: Setting, seed: int) -> str:
         content: list[Any] = [{"type": "image_pil", "image_pil": image} for image in item.open_images()]

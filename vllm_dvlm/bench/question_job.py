@@ -10,7 +10,7 @@ from typing import Any
 from vllm_dvlm.bench import settings_grid
 from vllm_dvlm.bench.common import add_output_arguments
 from vllm_dvlm.bench.pruning_job import CACHED
-from vllm_dvlm.bench.settings_grid import Setting
+from vllm_dvlm.bench.settings_grid import Mode, Setting
 
 DEMO = Path("examples") / "demo_model"
 
@@ -38,6 +38,13 @@ class Job:
     pool_prompts: int | None = None
     repeats: int = 1
     alone: int = 0
+
+    def request_options(self, setting: Setting) -> dict[str, Any]:
+        """Options of a request (`extra_args`, `vllm_xargs`)."""
+        options: dict[str, Any] = {"diffusion_canvas_length": self.canvas, "diffusion_max_steps": self.num_steps}
+        if self.block is not None:
+            options["diffusion_block_length"] = self.block
+        return options | setting.options()
 
     @property
     def data_name(self) -> str:
@@ -92,8 +99,10 @@ def num_layers_of(model: str) -> int:
         raise ValueError(f"No config of a LLaDA-V checkpoint at {model}: {error}") from None
 
 
-def job_of(arguments: argparse.Namespace, default: Any, **more: Any) -> Job:
+def job_of(arguments: argparse.Namespace, default: Any, with_cache: bool = False, **more: Any) -> Job:
     """Settings from parsed arguments; `default` chooses from the grid (`settings_grid`), `more` are fields of `Job`.
+
+    with_cache: the longest refresh interval, unpruned, is measured in any case.
 
     ValueError for arguments that cannot be met.
     """
@@ -123,7 +132,8 @@ def job_of(arguments: argparse.Namespace, default: Any, **more: Any) -> Job:
     everything = settings_grid.grid(
         sorted(set(layers)), arguments.refresh, arguments.threshold, sorted(set(arguments.keep_ratios))
     )
-    settings = settings_grid.choose(everything, default(everything), arguments.settings)
+    always = [Setting(Mode()), *([Setting(Mode(max(arguments.refresh)))] if with_cache else [])]
+    settings = settings_grid.choose(everything, default(everything), arguments.settings, always)
     if arguments.list_settings:
         for setting in everything:
             print("*" if setting in settings else " ", setting.name)

@@ -133,15 +133,17 @@ def frontier_default(settings: Sequence[Setting]) -> list[Setting]:
     return [s for s in settings if wanted(s)]
 
 
-def choose(settings: Sequence[Setting], default: Sequence[Setting], patterns: Sequence[str] | None) -> list[Setting]:
-    """Settings of a run, the base always among them, in the order of the grid.
+def choose(
+    settings: Sequence[Setting], default: Sequence[Setting], patterns: Sequence[str] | None, always: Sequence[Setting]
+) -> list[Setting]:
+    """Settings of a run, in the order of the grid.
 
-    patterns: shell patterns of names, or "all"; None for the default. ValueError for one that fits no name.
+    patterns: shell patterns of names, or "all"; None for the default. `always` are added: what others are compared
+    with. ValueError for a pattern that fits no name.
     """
     if patterns is None:
         return list(default)
     for pattern in patterns:
         if pattern != "all" and not any(fnmatchcase(s.name, pattern) for s in settings):
             raise ValueError(f"--settings {pattern!r} fits no setting; see --list-settings.")
-    chosen = [s for s in settings if "all" in patterns or any(fnmatchcase(s.name, p) for p in patterns)]
-    return chosen if chosen and chosen[0].name == BASE else [settings[0], *chosen]
+    return [s for s in settings if s in always or "all" in patterns or any(fnmatchcase(s.name, p) for p in patterns)]
