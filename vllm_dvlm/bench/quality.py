@@ -51,9 +51,9 @@ class Scored:
     answers: Sequence["Answer"]
     base: Sequence["Answer"]
 
-    def share(self, kind: str | None = None, of_base: bool = False) -> float:
+    def share(self, kind: str | None = None) -> float:
         """Exact match, of one kind of question or of all."""
-        right = self._right(self.base if of_base else self.answers, kind)
+        right = self._right(self.answers, kind)
         return sum(right) / len(right)
 
     def relative(self, kind: str | None = None) -> tuple[float | None, float | None, float | None]:

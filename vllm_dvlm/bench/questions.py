@@ -76,8 +76,7 @@ def decode_image(source: Path | bytes) -> Image:
         with Pillow.open(io.BytesIO(source)) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"image {name} of {image.width}x{image.height} pixels is too large to decode")
-            image.load()
-            return image.copy()
+            return image.copy()  # decodes
     except FileNotFoundError:
         raise ValueError(f"image {name} does not exist") from None
     except (OSError, SyntaxError, EOFError, Pillow.DecompressionBombError) as error:
