@@ -26,11 +26,12 @@ _LABELS = ("model_name", "engine")
 
 @dataclass(frozen=True)
 class Metric:
-    """One exported counter; ``kind`` tells apart the rows that share a name."""
+    """One exported counter; ``kind`` tells apart the rows that share a name, ``scale`` is units per count."""
 
     name: str
     documentation: str
     kind: str | None = None
+    scale: float = 1
 
 
 _FORWARD = "Tokens computed by denoising steps: full = whole sequences, cached = from the current block on."
@@ -45,6 +46,7 @@ METRICS = {
     "requests_pruned": Metric("requests_pruned_total", "Requests that gave visual tokens away."),
     "visual_tokens_pruned": Metric("visual_tokens_pruned_total", "Visual tokens dropped while their request lived."),
     "kv_blocks_freed": Metric("kv_blocks_freed_total", "KV blocks given back while their request lived."),
+    "prune_us": Metric("prune_seconds_total", "Host time of scoring, choosing and moving tokens.", scale=1e-6),
     "flops": Metric("flops_total", "Floating point operations of the text layers (a multiply-add counts once)."),
 }
 
@@ -84,7 +86,7 @@ class DvlmStatLogger(StatLoggerBase):
             return
         increments = scheduler_stats.running_lora_adapters
         for key, counter in self.counters.items():
-            counter.inc(increments.get(key, 0))
+            counter.inc(increments.get(key, 0) * METRICS[key].scale)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say at start-up."""

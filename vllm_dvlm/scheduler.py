@@ -38,6 +38,7 @@ COUNTERS = (
     "requests_pruned",
     "visual_tokens_pruned",
     "kv_blocks_freed",
+    "prune_us",
     "flops",
 )
 
@@ -213,6 +214,13 @@ class DiffusionScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, then the start of every request's next step."""
+        # Pruning time, see ``DiffusionSampler``; taken first, since a request may end in this very step.
+        for req_id, spent_us in (model_runner_output.num_nans_in_logits or {}).items():
+            request = self.requests.get(req_id)
+            if request is not None and spent_us:
+                self.counters["prune_us"] += spent_us
+                request.report["prune_ms"] = spent_us / 1000
+        model_runner_output.num_nans_in_logits = None
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         sampled = model_runner_output.sampled_token_ids
         for req_id in scheduler_output.num_scheduled_tokens:

