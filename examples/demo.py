@@ -1,9 +1,9 @@
-"""Serve a LLaDA-V checkpoint, ask about a photo through the OpenAI client, show what pruning gave back.
+"""Serve the demo model, ask real questions about pictures through the OpenAI client, show what pruning gave back.
 
-    python examples/demo.py [--model FOLDER] [--out FOLDER]
+    python examples/demo.py [--model FOLDER] [--out FOLDER] [--questions N]
 
-Without --model: examples/demo_model if it is there, else a small random-weight checkpoint in LLaDA-V's layout, whose
-answers are random words; the path through the server is the same.
+The demo model (examples/demo_model, see examples/train_demo) answers questions about coloured handwritten digits;
+the questions here are about digits that it never saw. With --model another LLaDA-V checkpoint is asked about a photo.
 """
 
 import argparse
@@ -17,60 +17,108 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from openai import OpenAI
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-SHOWN = ("denoise_steps", "forward_tokens", "committed_tokens", "requests_pruned", "visual_tokens_pruned", "kv_blocks")
+DEMO_MODEL = HERE / "demo_model"
+SHOWN = (
+    "denoise_steps",
+    "forward_tokens",
+    "committed_tokens",
+    "requests_pruned",
+    "visual_tokens",
+    "kv_blocks",
+    "prune",
+)
+PRUNED = {"prune_method": "redvtp", "prune_keep_ratio": 0.25}
+
+
+@dataclass
+class Item:
+    """One question about one picture, and what became of it; answer None: nobody knows the right one."""
+
+    name: str
+    image: Image.Image
+    question: str
+    answer: str | None = None
+    path: Path = Path()
+    replies: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Way:
+    """One way of decoding, and the sums over its questions."""
+
+    name: str
+    options: dict
+    seconds: float = 0.0
+    flops: int = 0
+    blocks: list[str] = field(default_factory=list)
 
 
 def main() -> None:
-    """Run the demo; exits with an error if the server does not come up or an answer is missing."""
+    """Run the demo; exits with an error if the server does not come up or a reply is missing."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
+    parser.add_argument("--questions", type=int, default=5)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    model = args.model or checkpoint(args.out)
-    photo = args.out / "photo.png"
-    real_photo().save(photo)
+    is_demo = args.model.resolve() == DEMO_MODEL
+    items = digit_items(args.questions) if is_demo else [photo_item()]
+    for item in items:
+        item.path = args.out / f"{item.name}.png"
+        item.image.save(item.path)
+    canvas = 8 if is_demo else 32
+    ways = [
+        Way("exact", {}),
+        Way("cached", {"diffusion_refresh_interval": canvas, "diffusion_threshold": 1.0}),
+        Way("pruned", PRUNED),
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"dvlm": {"trace_dir": str(args.out / "traces")}}
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port)]
-    command += ["--additional-config", json.dumps(settings), "--max-model-len", "8192", "--host", "127.0.0.1"]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(args.model), "--port", str(port)]
+    command += ["--additional-config", json.dumps(settings), "--host", "127.0.0.1"]
+    command += [] if is_demo else ["--max-model-len", "8192"]
     print("$", " ".join(command), flush=True)
     with (args.out / "server.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            wait_until_ready(f"http://127.0.0.1:{port}", server)
-            ask_all(f"http://127.0.0.1:{port}", str(model), photo, args.out)
+            url = f"http://127.0.0.1:{port}"
+            wait_until_ready(url, server)
+            client = OpenAI(base_url=url + "/v1", api_key="none")
+            common = {"diffusion_canvas_length": canvas, "diffusion_trace": 1}
+            ask(client, items[0], str(args.model), {"diffusion_canvas_length": canvas})  # warms up
+            for way in ways:
+                for item in items:
+                    ask_one_way(client, item, way, str(args.model), common, args.out)
+            print_answers(items, ways)
+            stream(client, items[0], str(args.model), canvas)
+            print_metrics(url)
         finally:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(60)
 
 
-def checkpoint(out: Path) -> Path:
-    """The shipped demo model, or a random one made on the spot."""
-    shipped = HERE / "demo_model"
-    if (shipped / "config.json").exists():
-        return shipped
-    from vllm_dvlm.bench.random_checkpoint import Sizes, write_random_checkpoint
+def digit_items(num: int) -> list[Item]:
+    """Questions about digits that the demo model was not trained on."""
+    from vllm_dvlm.bench.digit_questions import held_out
 
-    folder = out / "random_checkpoint"
-    if not (folder / "config.json").exists():
-        write_random_checkpoint(folder, Sizes(), seed=0)
-    return folder
+    asked = held_out(num, seed=2026)
+    return [Item(f"{i}_{q.kind}", Image.fromarray(q.image), q.question, q.answer) for i, q in enumerate(asked, 1)]
 
 
-def real_photo() -> Image.Image:
+def photo_item() -> Item:
     """A photo that ships with scikit-learn."""
     from sklearn.datasets import load_sample_image
 
-    return Image.fromarray(load_sample_image("china.jpg"))
+    return Item("photo", Image.fromarray(load_sample_image("china.jpg")), "What is in this picture?")
 
 
 def wait_until_ready(url: str, server: subprocess.Popen, limit_s: float = 300) -> None:
@@ -87,50 +135,67 @@ def wait_until_ready(url: str, server: subprocess.Popen, limit_s: float = 300) -
     raise RuntimeError(f"the server was not ready after {limit_s:.0f} s; see server.log")
 
 
-def ask_all(url: str, model: str, photo: Path, out: Path) -> None:
-    """Ask three ways: exact, cached with threshold, pruned; print answers and figures."""
-    client = OpenAI(base_url=url + "/v1", api_key="none")
+def ask(client: OpenAI, item: Item, model: str, options: dict, **more):
+    """One chat request about the item's picture."""
     buffer = io.BytesIO()
-    Image.open(photo).save(buffer, format="PNG")
+    item.image.save(buffer, format="PNG")
     link = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    question = "What is in this picture?"
-    content = [{"type": "image_url", "image_url": {"url": link}}, {"type": "text", "text": question}]
-    common = {"diffusion_canvas_length": 32, "diffusion_trace": 1}
-    pruned = {"prune_method": "redvtp", "prune_keep_ratio": 0.25}
-    ways = {
-        "exact": {},
-        "cached": {"diffusion_refresh_interval": 32, "diffusion_threshold": 1.0},
-        "pruned": {"diffusion_refresh_interval": 32, **pruned},
-    }
-    print(f"\nQ: {question}  ({photo})")
-    for name, options in ways.items():
-        start = time.perf_counter()
-        reply = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": content}],
-            max_tokens=32,
-            temperature=0,
-            extra_body={"vllm_xargs": common | options},
-        )
-        seconds = time.perf_counter() - start
-        text = reply.choices[0].message.content
-        report = (reply.model_extra.get("kv_transfer_params") or {}).get("dvlm", {})
-        print(f"\n[{name}] {json.dumps(options)} {seconds:.2f} s\nA: {text!r}\n{json.dumps(report)}")
-        trace = out / "traces" / f"{reply.id}.json"
-        picture = out / f"{name}.png"
-        command = [sys.executable, "-m", "vllm_dvlm.cli", "show", str(trace), "--image", str(photo)]
-        subprocess.run([*command, "--model", model, "--out", str(picture)], check=True)
-    print("\nstreamed: ", end="")
-    stream = client.chat.completions.create(
+    content = [{"type": "image_url", "image_url": {"url": link}}, {"type": "text", "text": item.question}]
+    return client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": content}],
-        max_tokens=32,
+        max_tokens=options["diffusion_canvas_length"],
         temperature=0,
-        stream=True,
-        extra_body={"vllm_xargs": {"diffusion_canvas_length": 32, "diffusion_block_length": 8}},
+        extra_body={"vllm_xargs": options},
+        **more,
     )
-    for chunk in stream:
+
+
+def ask_one_way(client: OpenAI, item: Item, way: Way, model: str, common: dict, out: Path) -> None:
+    """Ask, note reply and figures; draw what was pruned."""
+    start = time.perf_counter()
+    reply = ask(client, item, model, common | way.options)
+    way.seconds += time.perf_counter() - start
+    item.replies[way.name] = reply.choices[0].message.content
+    report = reply.model_extra["kv_transfer_params"]["dvlm"]
+    way.flops += report["flops"]
+    if "kv_blocks_before" in report:
+        way.blocks.append(f"{report['kv_blocks_before']} → {report['kv_blocks_after']}")
+        picture = out / f"{item.name}_{way.name}.png"
+        command = [sys.executable, "-m", "vllm_dvlm.cli", "show", str(out / "traces" / f"{reply.id}.json")]
+        subprocess.run([*command, "--image", str(item.path), "--model", model, "--out", str(picture)], check=True)
+
+
+def print_answers(items: list[Item], ways: list[Way]) -> None:
+    """Questions with the expected answer and all replies, then what each way cost."""
+    for item in items:
+        print(f"\nQ: {item.question}   ({item.path})")
+        if item.answer is not None:
+            print(f"   expected      {item.answer}")
+        for way in ways:
+            mark = "" if item.answer is None else "  ✓" if item.replies[way.name].strip() == item.answer else "  ✗"
+            print(f"   {way.name:<13} {item.replies[way.name]!r}{mark}")
+    print(f"\n{'way':<8} {'right':>6} {'s/question':>11} {'GFLOP':>8}  {'KV blocks':<10} options")
+    known = [item for item in items if item.answer is not None]
+    for way in ways:
+        right = sum(item.replies[way.name].strip() == item.answer for item in known)
+        score = f"{right}/{len(known)}" if known else "-"
+        figures = f"{way.seconds / len(items):>11.3f} {way.flops / 1e9:>8.2f}"
+        print(
+            f"{way.name:<8} {score:>6} {figures}  {way.blocks[0] if way.blocks else '-':<10} {json.dumps(way.options)}"
+        )
+
+
+def stream(client: OpenAI, item: Item, model: str, canvas: int) -> None:
+    """The first question once more, streamed in blocks of a quarter of the canvas."""
+    print(f"\nstreamed: {item.question} ", end="")
+    options = {"diffusion_canvas_length": canvas, "diffusion_block_length": canvas // 4}
+    for chunk in ask(client, item, model, options, stream=True):
         print(chunk.choices[0].delta.content or "", end="|", flush=True)
+
+
+def print_metrics(url: str) -> None:
+    """What the server counted."""
     print("\n\n/metrics:")
     with urllib.request.urlopen(url + "/metrics", timeout=10) as page:
         for line in page.read().decode().splitlines():

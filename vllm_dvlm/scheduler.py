@@ -35,8 +35,10 @@ COUNTERS = (
     "forward_tokens_cached",
     "committed_tokens",
     "canvas_positions",
+    "visual_tokens",
     "requests_pruned",
     "visual_tokens_pruned",
+    "kv_blocks_before",
     "kv_blocks_freed",
     "prune_us",
     "flops",
@@ -138,6 +140,7 @@ class DiffusionScheduler(Scheduler):
             # vLLM knows one end token per tokenizer, <|endoftext|>, which diffusion decoding never produces.
             params._eos_token_id = self.hf_config.end_of_turn_token_id
         self.counters["canvas_positions"] += plan.canvas_len
+        self.counters["visual_tokens"] += num_visual
 
     def _suffix_len(self, text: str) -> int:
         if not text:
@@ -250,6 +253,7 @@ class DiffusionScheduler(Scheduler):
         freed = release_tail(self.kv_cache_manager, request.request_id, request.plan.total_len)
         self.counters["requests_pruned"] += 1
         self.counters["visual_tokens_pruned"] += removed
+        self.counters["kv_blocks_before"] += before
         self.counters["kv_blocks_freed"] += freed
         request.report["visual_tokens_after"] -= removed
         request.report |= {"kv_blocks_before": before, "kv_blocks_freed": freed, "kv_blocks_after": before - freed}

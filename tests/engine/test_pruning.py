@@ -269,6 +269,8 @@ def test_counters_and_flops(engine):
         grown = engine.scheduler.counters - before
         assert grown["requests_pruned"] == 1
         assert grown["visual_tokens_pruned"] == 869 - 217
+        assert grown["visual_tokens"] == 869
+        assert grown["kv_blocks_before"] == blocks_of(engine, 945)
         assert grown["kv_blocks_freed"] == blocks_of(engine, 945) - blocks_of(engine, 293)
         assert engine.trace("counted")["flops"] == flops(first + [(4, 293)] * 7)
         # The time came from the worker through vLLM's output.
