@@ -131,6 +131,7 @@ def measure_steps(job: Job) -> Measured:
         result.figures[f"N5_throughput_{key}_vs_unpruned"] = row["speedup"]
         result.figures[f"N5_throughput_{key}_vs_unpruned_cpu_time"] = row["cpu_speedup"]
         result.figures[f"N5_share_of_flop_ideal_{key}"] = row["of_ideal"]
+        result.figures[f"N5_share_of_ideal_with_logits_{key}"] = row["speedup"] / row["ideal_with_logits"]
         result.figures[f"N5_share_of_flop_ideal_{key}_cpu_time"] = row["cpu_speedup"] / row["ideal"]
     best = max(rows[setting]["speedup"] for setting in exact)
     result.figures["N5_throughput_gain_percent_best"] = 100 * (best - 1)
