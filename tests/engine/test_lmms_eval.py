@@ -1,0 +1,170 @@
+"""The adapter of `examples/lmms_eval` and vLLM's load client against a started server."""
+
+import importlib.util
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import openai
+import pytest
+
+from tests.engine.server import BUILD_ARGS, Server, load, text_of
+from tests.golden import cases
+from vllm_dvlm.bench import serving_load
+from vllm_dvlm.bench.question_job import Job
+from vllm_dvlm.bench.questions import Item, _png
+from vllm_dvlm.bench.settings_grid import Mode, Setting
+
+IMAGE, PRUNED = "b1_image_steps_eq_gen", "f2_redvtp_keep50"
+SOURCE = Path(__file__).parents[2] / "examples" / "lmms_eval" / "served.py"
+
+
+def _import_adapter():
+    spec = importlib.util.spec_from_file_location("served", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["served"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+served = _import_adapter()
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    """With the official conversation: the tiny checkpoint's own template leaves the system text out."""
+    template = resources.files("vllm_dvlm") / "chat_templates" / "llava_llada.jinja"
+    flags = ("--max-model-len", "2048", "--chat-template", str(template))
+    flags += ("--served-model-name", "tiny", serving_load.MODEL_NAME)
+    settings = {"dvlm": {"max_canvas_length": 128}}
+    made = Server(checkpoint(**BUILD_ARGS), tmp_path_factory.mktemp("server") / "log.txt", settings, *flags)
+    yield made
+    made.stop()
+
+
+def model_of(server, documents, task, **arguments):
+    """The adapter as lmms-eval makes it: model_args, then the tasks' documents."""
+    model = served.ServedDiffusion(f"{server.url}/v1", batch_size="1", device=None, **arguments)
+    model.task_dict = {task: {"test": documents}}
+    return model
+
+
+def instance(context, doc_id, task):
+    """lmms-eval's `Instance` of a generation task for a model with `is_simple`."""
+    gen_kwargs = {"max_new_tokens": 1024, "until": ["\n\n"], "do_sample": False}
+    return SimpleNamespace(args=(context, gen_kwargs, lambda doc: doc["images"], doc_id, task, "test"))
+
+
+def own_text(name):
+    """A golden case's question with its image places, which the adapter leaves as it is."""
+    text = cases.prompt_text(load(name)).split("user<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
+    assert text.startswith("<image>")
+    return text
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "options"),
+    [
+        # ChartQA's canvas, steps and block of 16 are those of this case.
+        (IMAGE, "chartqa", {}),
+        (PRUNED, "chartqa", {"prune_method": "redvtp", "prune_keep_ratio": 0.5, "diffusion_max_steps": 8}),
+    ],
+)
+def test_answers_of_the_official_code(server, name, task, options):
+    documents = [{"images": cases.images(load(name))}]
+    model = model_of(server, documents, task, **options)
+    wanted = load(name).raw["final_text"].removesuffix(".").strip()
+    assert model.generate_until([instance(own_text(name), 0, task)] * 3) == [wanted] * 3
+
+
+def test_documents_of_several_tasks_keep_their_order_and_settings(server):
+    """Two tokens for a letter, sixteen for a chart, and the think mode behind the text."""
+    images = [cases.images(cases.load(name))[0] for name in (IMAGE, "b4_image_after_text")]
+    model = model_of(server, [], "mme", num_concurrent=3)
+    model.task_dict = {task: {"test": [{"images": [image]} for image in images]} for task in ("mme", "chartqa")}
+    work = [("mme", 0), ("chartqa", 1), ("mme", 1), ("chartqa", 0)]
+    said = model.generate_until([instance("What is this?", doc_id, task) for task, doc_id in work])
+    for (task, doc_id), text in zip(work, said, strict=True):
+        length = {"mme": 2, "chartqa": 16}[task]
+        # The same, spelt out by hand.
+        body = {
+            "model": "tiny",
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        served.image_part(images[doc_id]),
+                        {"type": "text", "text": "<image>\nWhat is this? /no_think"},
+                    ],
+                }
+            ],
+            "max_tokens": length,
+            "temperature": 0,
+            "vllm_xargs": {"diffusion_canvas_length": length, "diffusion_max_steps": length},
+        }
+        assert text == text_of(server.send(body)).split("\n")[0].removesuffix(".").strip()
+    assert len(set(said)) > 2
+
+
+def test_every_setting_of_the_table_is_accepted(server):
+    image = cases.images(load(IMAGE))[0]
+    tasks = {decoding: task for task, decoding in served.DECODING.items()}
+    assert len(tasks) == 5
+    for decoding, task in tasks.items():
+        # Several images at the shortest setting; the others cost enough with one.
+        model = model_of(server, [{"images": [image] * (2 if decoding is served.SHORT else 1)}], task)
+        before = server.metrics("vllm_dvlm:")
+        model.generate_until([instance("Which?", 0, task)])
+        server.wait_idle()
+        after = server.metrics("vllm_dvlm:")
+        canvas, steps = (
+            after[name] - before[name] for name in ("vllm_dvlm:canvas_positions_total", "vllm_dvlm:denoise_steps_total")
+        )
+        assert canvas == decoding.canvas and 0 < steps <= decoding.steps, task
+
+
+def test_refused_request_ends_the_evaluation(server):
+    """Its message must not be scored as an answer."""
+    documents = [{"images": cases.images(load(IMAGE))}]
+    model = model_of(server, documents, "mme", diffusion_block_lenght=2)
+    with pytest.raises(openai.BadRequestError, match="did you mean diffusion_block_length"):
+        model.generate_until([instance("What?", 0, "mme")])
+
+
+def test_text_and_settings():
+    assert served.question_text("What?", 2, " /no_think") == "<image> <image>\nWhat? /no_think"
+    assert served.question_text("See <image>?", 1, " /think") == "See <image>?"
+    assert served.question_text("1 + 1?", 0, " /think") == "1 + 1?"
+    assert served.decoding_of("mathvista_testmini_cot").canvas == 96
+    assert served.decoding_of("mmmu_pro_vision_cot") is served.DECODING["mmmu_pro_vision"]
+    assert served.decoding_of("docvqa_val") == served.Decoding(32, 16, 32)
+    assert served.decoding_of("something_else") is served.SHORT
+
+
+def test_what_the_adapter_does_not_do(server):
+    with pytest.raises(ValueError, match="num_concurent"):
+        served.ServedDiffusion(f"{server.url}/v1", num_concurent=3)
+    with pytest.raises(ValueError, match="videomme: videos"):
+        model_of(server, [], "videomme").request("What?", ["film.mp4"], "videomme")
+    with pytest.raises(NotImplementedError, match="likelihood"):
+        model_of(server, [], "mme").loglikelihood([])
+
+
+def test_load_of_one_setting(server, checkpoint, tmp_path):
+    """`bench frontier --serve`: vLLM's client sends our questions with the options of a setting."""
+    pixels = [np.full((40, 60, 3), value, dtype=np.uint8) for value in (20, 200)]
+    items = [Item("What colour?", ("x",), "all", (_png(image),), ((60, 40),)) for image in pixels]
+    setting = Setting(Mode(32), "redvtp", 0.25)
+    job = Job(str(checkpoint(**BUILD_ARGS)), None, 4, 0, 1, 2, 8, 4, None, (setting,))
+    dataset = serving_load.write_dataset(tmp_path / "questions", items)
+    before = server.metrics("vllm_dvlm:")["vllm_dvlm:requests_pruned_total"]
+    row = serving_load._send(job, setting, dataset, 4, server.port, tmp_path / "result.json")
+    assert row["served/s"] > 0 and 0 < row["served_ttft_ms"] <= row["served_p50_ms"] <= row["served_p99_ms"]
+    server.wait_idle()
+    pruned = server.metrics("vllm_dvlm:")["vllm_dvlm:requests_pruned_total"] - before
+    assert pruned >= 4, "four questions, and what the client sends to warm up"
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["completed"] == 4 and result["max_concurrency"] == 2
