@@ -38,6 +38,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SIDES = ("left", "right")
 
 _SPRITE = 12  # pixels per digit side; the rest of a cell is room to move
+_MOVES = PATCH - _SPRITE + 1
+NUM_PLACES = _MOVES**2  # places of a digit in its cell
 _BACKGROUND = 16
 _NOISE = 24  # added to every value: uniform in [0, _NOISE)
 _NOISE_BANK = 1 << 22  # numbers drawn once; pictures take slices, which is ten times faster than drawing
@@ -58,23 +60,21 @@ class Glyphs:
     """Handwritten digits ready to paint.
 
     Attributes:
-        shapes: [S, M, M, PATCH, PATCH] uint8, ink 0 to 255; one copy per place (M x M of them) in the cell.
-        labels: [S] int64, 0 to 9.
+        shapes: [S, PATCH, PATCH] uint8, ink 0 to 255.
+        labels: [S] int64, 0 to 9; every digit occurs.
     """
 
     shapes: np.ndarray
     labels: np.ndarray
 
     def draw(self, rng: np.random.Generator, digits: np.ndarray) -> np.ndarray:
-        """Ink of a random sample of each digit at a random place: `digits`' shape + [PATCH, PATCH] uint8."""
+        """Ink of a random sample of each digit: `digits`' shape + [PATCH, PATCH] uint8."""
         import numpy as np
 
         order = np.argsort(self.labels, kind="stable")
         num_of = np.bincount(self.labels, minlength=10)
         begin = np.cumsum(num_of) - num_of
-        samples = order[begin[digits] + (rng.random(digits.shape) * num_of[digits]).astype(np.int64)]
-        moves = self.shapes.shape[1]
-        return self.shapes[samples, rng.integers(moves, size=digits.shape), rng.integers(moves, size=digits.shape)]
+        return self.shapes[order[begin[digits] + (rng.random(digits.shape) * num_of[digits]).astype(np.int64)]]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def held_out(num: int, seed: int = 0, grid: int = GRID) -> list[Question]:
 
     rng = np.random.default_rng((seed, 0xD161))
     scenes = draw_scenes(rng, np.arange(num) % len(KINDS), grid, grid)
-    glyphs = glyphs_of(*held_out_digits())
+    glyphs = held_out_glyphs()
     images: list[np.ndarray] = []
     for start in range(0, num, 64):  # a thousand pictures at once would take half a gigabyte while being drawn
         part = slice(start, min(start + 64, num))
@@ -232,13 +232,31 @@ def training_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_out_digits() -> tuple[np.ndarray, np.ndarray]:
-    """(pictures [297, 8, 8] float32 in [0, 1], labels [297] int64); other writers than the training digits'."""
+    """(pictures [297, 8, 8] float32 in [0, 1], labels [297] int64)."""
     pictures, labels = _digits()
     return pictures[NUM_TRAINING:], labels[NUM_TRAINING:]
 
 
-def glyphs_of(pictures: np.ndarray, labels: np.ndarray) -> Glyphs:
-    """Enlarge digits [S, 8, 8] to the size they have in a picture, at every place in the cell."""
+@functools.cache
+def held_out_glyphs() -> Glyphs:
+    """Every held-out digit at every place in its cell."""
+    import numpy as np
+
+    pictures, labels = held_out_digits()
+    moves = np.arange(NUM_PLACES)
+    return place_digits(
+        np.repeat(pictures, NUM_PLACES, axis=0), np.repeat(labels, NUM_PLACES), np.tile(moves, len(labels))
+    )
+
+
+def place_digits(pictures: np.ndarray, labels: np.ndarray, places: np.ndarray) -> Glyphs:
+    """Enlarge digits to the size they have in a picture and put each at a place in its cell.
+
+    Args:
+        pictures: [S, 8, 8] float32 in [0, 1].
+        labels: [S] int64.
+        places: [S] int64, 0 to NUM_PLACES - 1, row by row.
+    """
     import numpy as np
 
     # Linear interpolation as a matrix, applied to both sides.
@@ -246,12 +264,12 @@ def glyphs_of(pictures: np.ndarray, labels: np.ndarray) -> Glyphs:
     weight = np.clip(1 - np.abs(at[:, None] - np.arange(8)), 0, 1).astype(np.float32)
     weight /= weight.sum(axis=1, keepdims=True)
     large = (weight @ pictures @ weight.T * 255).astype(np.uint8)
-    moves = PATCH - _SPRITE + 1
-    placed = np.zeros((len(large), moves, moves, PATCH, PATCH), dtype=np.uint8)
-    for y in range(moves):
-        for x in range(moves):
-            placed[:, y, x, y : y + _SPRITE, x : x + _SPRITE] = large
-    return Glyphs(placed, labels)
+    shapes = np.zeros((len(large), PATCH, PATCH), dtype=np.uint8)
+    for place in range(NUM_PLACES):
+        y, x = divmod(place, _MOVES)
+        here = places == place
+        shapes[here, y : y + _SPRITE, x : x + _SPRITE] = large[here]
+    return Glyphs(shapes, labels)
 
 
 @functools.cache

@@ -1,0 +1,137 @@
+"""Forward pass and losses of one batch.
+
+B = samples, N = cells, K = digits per picture, L = ids after the picture, D = text width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import vocabulary as words
+from data import NONE, Batch
+from model import LLaDAV
+from torch import nn
+
+from vllm_dvlm.bench.digit_questions import COLOURS
+
+# Most canvas places hold the end token, which is learnt at once.
+_END_WEIGHT = 0.1
+_DIGIT_IDS = torch.tensor([words.IDS[str(digit)] for digit in range(10)])
+_COLOUR_IDS = torch.tensor([words.IDS[colour] for colour in COLOURS])
+
+
+class Probes(nn.Module):
+    """Linear readers for the auxiliary losses; thrown away after training."""
+
+    def __init__(self, tower_width: int, width: int, grid: int):
+        super().__init__()
+        self.digit, self.colour = nn.Linear(tower_width, 10), nn.Linear(tower_width, len(COLOURS))
+        self.left, self.right = nn.Linear(tower_width, NONE + 1), nn.Linear(tower_width, NONE + 1)
+        self.row, self.column = nn.Linear(width, grid), nn.Linear(width, grid)
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """Visual tokens dropped in training, so that the model learns to answer after pruning.
+
+    Attributes:
+        share: of steps that drop any.
+        least: smallest share kept; the share kept is uniform in [least, 1].
+        gaps: share of the thinned steps in which survivors keep their rotary positions instead of closing up.
+    """
+
+    share: float
+    least: float = 0.08
+    gaps: float = 0.25
+
+
+def pixels(cells: torch.Tensor) -> torch.Tensor:
+    """uint8 to the values of LLaDA-V's image processor, [-1, 1]."""
+    return cells.float() / 127.5 - 1
+
+
+def tower_losses(model: LLaDAV, probes: Probes, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Visual tokens [B, N, D], the sum of the auxiliary losses, and each of them for the log.
+
+    Tower: digit and colour of a cell can be read off its feature, and the digits beside it. Projector: so can row and
+    column, because after pruning nothing else tells where a token was; and of all digit (colour) words, the embedding
+    of the right one is nearest, without which the text model takes long to find out what the features mean.
+    """
+    features = model.tower(pixels(batch.cells), batch.places)
+    visual = model.model.mm_projector(features).float()
+    at = torch.arange(len(batch.objects))[:, None]
+    seen, shown = features.float()[at, batch.objects], visual[at, batch.objects]
+    place, grid = batch.places[at, batch.objects], model.shape.grid
+    table = model.model.embed_tokens.weight
+    scale = model.shape.width**-0.5
+    parts = {
+        "digit": _mean(probes.digit(seen), batch.digits, smoothing=0.1),
+        "colour": _mean(probes.colour(seen), batch.colours),
+        "left": _mean(probes.left(seen), batch.neighbours[..., 0]),
+        "right": _mean(probes.right(seen), batch.neighbours[..., 1]),
+        "row": _mean(probes.row(shown), place // grid),
+        "column": _mean(probes.column(shown), place % grid),
+        "digit word": _mean(shown @ table[_DIGIT_IDS].T * scale, batch.digits),
+        "colour word": _mean(shown @ table[_COLOUR_IDS].T * scale, batch.colours),
+    }
+    return visual, sum(parts.values()), parts
+
+
+def _mean(logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
+
+
+def thin(
+    visual: torch.Tensor, batch: Batch, thinning: Thinning, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Drop visual tokens [B, N + 1, D] at random, never those the answer needs.
+
+    Returns:
+        (kept tokens [B, kept, D], their old indices [B, kept], or None where positions close up).
+    """
+    draw = torch.rand(3, generator=generator).tolist()
+    if draw[0] >= thinning.share:
+        return visual, None
+    num = visual.shape[1]
+    kept = max(8, int(num * (thinning.least + draw[1] * (1 - thinning.least))))
+    if kept >= num:
+        return visual, None
+    keys = torch.rand(visual.shape[:2], generator=generator)
+    keys.scatter_add_(1, batch.objects, 2.0 * batch.relevant)
+    order = keys.topk(kept, dim=1).indices.sort(dim=1).values
+    visual = visual.gather(1, order[..., None].expand(-1, -1, visual.shape[-1]))
+    return visual, order if draw[2] < thinning.gaps else None
+
+
+def answer_loss(
+    model: LLaDAV,
+    visual: torch.Tensor,
+    batch: Batch,
+    thinning: Thinning | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Cross entropy at the masked canvas places.
+
+    Plain mean over masked places, not LLaDA's 1/t: that weight makes the sum a likelihood bound, but gives the most
+    weight to canvases with one masked place, and what we ask for is an answer from a fully masked one.
+    """
+    num = len(batch.tail)
+    visual = torch.cat([visual, model.model.image_newline.expand(num, 1, -1)], dim=1)
+    num_visual, old = visual.shape[1], None
+    if thinning is not None:
+        visual, old = thin(visual, batch, thinning, generator)
+    head = torch.tensor(words.before_image()).expand(num, -1)
+    tail = torch.where(batch.is_masked, words.MASK, batch.tail)
+    embed = model.model.embed_tokens
+    x = torch.cat([embed(head), visual, embed(tail)], dim=1)
+    positions = torch.arange(x.shape[1])
+    if old is not None:
+        first = head.shape[1]
+        rest = torch.arange(tail.shape[1]).expand(num, -1) + first + num_visual
+        positions = torch.cat([torch.arange(first).expand(num, -1), old + first, rest], dim=1)
+    hidden = model.text(x, positions)[:, -tail.shape[1] :]
+    masked = batch.is_masked
+    logits = model.logits(hidden[masked]).float()
+    targets = batch.tail[masked]
+    weight = torch.where(targets == words.EOT, _END_WEIGHT, 1.0)
+    return (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum().clamp(min=1)

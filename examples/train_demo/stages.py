@@ -1,0 +1,169 @@
+"""The recipe as a table, and the loop that runs it from any point."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data import Window, draw_batch, draw_crowd, training_glyphs
+from losses import Probes, Thinning, answer_loss, tower_losses
+from model import LLaDAV
+from tqdm import tqdm
+
+_SAVE_EVERY_S = 60
+# Pictures full of digits beside each batch: reading digits takes longest to learn, and the tower costs little.
+_CROWDS = 16
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the recipe.
+
+    Attributes:
+        steps: at --minutes-scale 1.
+        window: range of the grid's part that pictures show; None: the tower alone.
+        lr: learning rate at begin and end, linear between.
+        part: samples per forward pass; gradients of a batch's parts add up. Small parts stay in the cache.
+    """
+
+    name: str
+    steps: int
+    window: Window | None
+    lr: tuple[float, float]
+    batch: int = 128
+    part: int = 64
+    thinning: Thinning | None = None
+
+
+@dataclass
+class Run:
+    """Everything a state file holds."""
+
+    model: LLaDAV
+    probes: Probes
+    seed: int
+    optimisers: list[torch.optim.Optimizer] = field(default_factory=list)
+    stage: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    history: list[tuple[int, int, float, float]] = field(default_factory=list)  # stage, step, answer loss, auxiliary
+    resumed: bool = False
+
+    def save(self, path: Path) -> None:
+        content = {
+            "model": self.model.state_dict(),
+            "probes": self.probes.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "progress": (self.stage, self.step, self.seconds, self.history, self.resumed),
+        }
+        # Never half a file: a run may be stopped at any time.
+        torch.save(content, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, path: Path) -> None:
+        content = torch.load(path)
+        self.model.load_state_dict(content["model"])
+        self.probes.load_state_dict(content["probes"])
+        for optimiser, state in zip(self.optimisers, content["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        self.stage, self.step, self.seconds, self.history, self.resumed = content["progress"]
+
+
+def build_optimisers(model: LLaDAV, probes: Probes) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks (three times fewer steps to the first look-ups), AdamW for the rest."""
+    inside, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_block = ".layers." in name and parameter.dim() == 2
+            (inside if is_block else others).append(parameter)
+    others += list(probes.parameters())
+    muon = torch.optim.Muon(inside, lr=0.0, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)]
+
+
+def run_stages(
+    run: Run, stages: list[Stage], state: Path, after_stage: Callable[[Run, Stage], None], scale: float = 1.0
+) -> None:
+    """Train from where `run` stands to the end, saving to `state` now and then."""
+    glyphs = training_glyphs(run.seed)
+    saved = time.monotonic()
+    while run.stage < len(stages):
+        stage = stages[run.stage]
+        num_steps = max(1, round(stage.steps * scale))
+        bar = tqdm(total=num_steps, initial=run.step, desc=stage.name, mininterval=2)
+        while run.step < num_steps:
+            start = time.monotonic()
+            set_rate(run.optimisers, stage, run.step, num_steps)
+            answer, auxiliary = train_step(run, stage, glyphs)
+            run.history.append((run.stage, run.step, answer, auxiliary))
+            run.step += 1
+            run.seconds += time.monotonic() - start
+            bar.update()
+            bar.set_postfix(answer=f"{answer:.3f}", auxiliary=f"{auxiliary:.3f}", refresh=False)
+            if time.monotonic() - saved > _SAVE_EVERY_S:
+                run.save(state)
+                saved = time.monotonic()
+        bar.close()
+        after_stage(run, stage)
+        run.stage, run.step = run.stage + 1, 0
+        run.save(state)
+
+
+def set_rate(optimisers: list[torch.optim.Optimizer], stage: Stage, step: int, num_steps: int) -> None:
+    """Linear from the stage's first rate to its last, after a short warm-up."""
+    share = step / num_steps
+    rate = stage.lr[0] + (stage.lr[1] - stage.lr[0]) * share
+    if stage.window is None:
+        rate *= min(1.0, (step + 1) / 50)
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+
+
+def train_step(run: Run, stage: Stage, glyphs) -> tuple[float, float]:
+    """One optimiser step; (answer loss, auxiliary loss), mean over the batch."""
+    # By stage and step, so that a resumed run sees the batches it would have seen.
+    rng = np.random.default_rng((run.seed, run.stage, run.step))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    grid = run.model.shape.grid
+    if stage.window is None:
+        batch = draw_crowd(rng, stage.batch, 4, grid, glyphs)
+    else:
+        batch = draw_batch(rng, stage.batch, stage.window, grid, glyphs)
+    totals = [0.0, 0.0]
+    if stage.window is not None and _CROWDS:
+        with torch.autocast("cpu", torch.bfloat16):
+            _, auxiliary, _ = tower_losses(run.model, run.probes, draw_crowd(rng, _CROWDS, 4, grid, glyphs))
+        (0.3 * auxiliary).backward()
+    for part in batch.split(stage.part):
+        weight = len(part.cells) / stage.batch
+        with torch.autocast("cpu", torch.bfloat16):
+            visual, auxiliary, _ = tower_losses(run.model, run.probes, part)
+            answer = torch.zeros(())
+            if stage.window is not None:
+                answer = answer_loss(run.model, visual, part, stage.thinning, generator)
+        ((answer + 0.3 * auxiliary) * weight).backward()
+        totals[0] += answer.item() * weight
+        totals[1] += auxiliary.item() * weight
+    for optimiser in run.optimisers:
+        torch.nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    if not math.isfinite(sum(totals)):
+        raise FloatingPointError(f"the loss is {totals} at step {run.step} of stage {stage.name}")
+    return totals[0], totals[1]
+
+
+def attention_in_float32() -> None:
+    """Let attention run in float32 under autocast: its bfloat16 backward pass takes twice as long on a CPU."""
+    fused = F.scaled_dot_product_attention
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return fused(q.float(), k.float(), v.float())
+
+    F.scaled_dot_product_attention = attend
