@@ -314,6 +314,7 @@ def test_preempted_after_every_step(engine, case, options):
     assert list(output.outputs[0].token_ids) == undisturbed
     assert steps_of(engine, "disturbed") == steps_of(engine, "calm")
     calm, disturbed = (engine.trace(name) for name in ("calm", "disturbed"))
+    assert all(trace["pruning"].pop("prune_ms") > 0 for trace in (calm, disturbed))
     assert disturbed["pruning"] == calm["pruning"]
     assert [s["query_len"] for s in disturbed["steps"]] == [s["query_len"] for s in calm["steps"]]
     assert engine.scheduler.counters["requests_pruned"] == before + 1, "pruned once"
