@@ -210,7 +210,7 @@ def _draw(axes: Sequence[Any], rows: Sequence[Row]) -> None:
                 pruner = row["method"] if row["layer"] is None else f"{row['method']} L{row['layer']}"
                 groups.setdefault((row["mode"], pruner, row["positions"]), []).append(row)
         pruners = list(dict.fromkeys(pruner for _, pruner, _ in groups))
-        modes = list(dict.fromkeys(mode for mode, _, _ in groups))
+        modes = list(dict.fromkeys(row["mode"] for row in rows if (row["mode"] == "exact") == mode_is_exact))
         for (mode, pruner, positions), points in groups.items():
             keep = [row["keep"] for row in points]
             label = " ".join([mode] * (mode != "exact") + [pruner] + ["kept positions"] * (positions == "keep"))
@@ -226,8 +226,8 @@ def _draw(axes: Sequence[Any], rows: Sequence[Row]) -> None:
                 panel.plot(keep, [row[column] for row in points], marker="o", **style)
         for row in rows:
             if row["method"] == "none" and (row["mode"] == "exact" or not mode_is_exact):
-                number = modes.index(row["mode"]) * len(pruners) if row["mode"] in modes else None
-                color = "k" if row["mode"] == "exact" or number is None else f"C{number % 10}"
+                known = row["mode"] in modes and not mode_is_exact
+                color = f"C{modes.index(row['mode']) * max(1, len(pruners)) % 10}" if known else "k"
                 panel.axhline(row[column], color=color, linestyle=":", label=f"unpruned, {row['mode']}")
         panel.set(xlabel="share of visual tokens kept", xlim=(1.03, 0), ylim=(0, 1.03))
 
