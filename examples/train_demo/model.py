@@ -185,7 +185,12 @@ class LLaDAV(nn.Module):
 
 
 def initialise(model: LLaDAV) -> None:
-    """Small normal weights; the position table starts as sines of row and column, so that neighbours are near."""
+    """Small normal weights, but with three things in place that take long to be found.
+
+    Positions: the table starts as sines of row and column, so that neighbours are near. Look-ups: queries and keys of
+    the text model start equal, and outputs as the transpose of values, so that a token attends to tokens of the same
+    content and takes over theirs. Words: the output layer starts as the embedding.
+    """
     shape = model.shape
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
@@ -197,6 +202,12 @@ def initialise(model: LLaDAV) -> None:
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
     nn.init.normal_(model.model.image_newline, std=1.0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.o_proj.weight.copy_(0.3 * attention.v_proj.weight.T)
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight * shape.width**-0.5)
     quarter = shape.tower_width // 4
     frequencies = 0.5 * torch.pi * (2.0 / shape.grid) ** (torch.arange(quarter) / (quarter - 1))
     angles = torch.arange(shape.grid)[:, None] * frequencies  # [grid, quarter]

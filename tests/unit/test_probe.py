@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from vllm_dvlm.models import probe
 from vllm_dvlm.models.probe import attention_to_columns, attention_to_columns_reference
 
 # R query rows, T tokens, H query heads, KV heads, D head size.
