@@ -16,12 +16,17 @@ MASK_ID = 126336
 ENGINE = {"max_model_len": 4096, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 1}}
 
 
-def run(folder, out, **job):
-    """What ``tests.engine.run_cases`` wrote to ``out``; no environment variable of vLLM is set."""
+def run(model, out, hub=None, **job):
+    """What ``tests.engine.run_cases`` wrote to ``out``; no environment variable of vLLM is set.
+
+    model: folder, or a hub name that the download cache ``hub`` holds; then nothing else can be reached.
+    """
     job["engine"] = ENGINE | job["engine"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    if hub is not None:
+        environment |= {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.run_cases", str(folder), str(out), json.dumps(job)],
+        [sys.executable, "-m", "tests.engine.run_cases", str(model), str(out), json.dumps(job)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -43,17 +48,29 @@ def assert_recorded(results, *names):
         }, name
 
 
+def downloaded(folder, hub, name):
+    """Put a checkpoint where huggingface_hub keeps what it has downloaded under ``name``."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / revision).symlink_to(folder.resolve())
+
+
 @pytest.fixture(scope="module")
 def one_rank(checkpoint, tmp_path_factory):
-    """Default multi-process engine on a checkpoint in two files that has no chat template."""
+    """Default multi-process engine, by hub name, on a checkpoint in two files that has no chat template."""
     folder = checkpoint(seed=0, shards=2, without_chat_template=True)
     assert len(list(folder.glob("model-*.safetensors"))) == 2
     assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
-    out = tmp_path_factory.mktemp("one_rank") / "out.json"
-    return run(folder, out, engine={}, cases=[TEXT, IMAGE, CACHED], noisy=TEXT, chat=IMAGE)
+    workdir = tmp_path_factory.mktemp("one_rank")
+    downloaded(folder, workdir / "hub", "somebody/tiny-llada-v")
+    job = {"engine": {}, "cases": [TEXT, IMAGE, CACHED], "noisy": TEXT, "chat": IMAGE}
+    return run("somebody/tiny-llada-v", workdir / "out.json", workdir / "hub", **job)
 
 
-def test_own_process_with_a_sharded_checkpoint(one_rank):
+def test_own_process_with_a_sharded_checkpoint_by_hub_name(one_rank):
     assert_recorded(one_rank, TEXT, IMAGE, CACHED)
 
 
