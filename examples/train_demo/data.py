@@ -13,16 +13,19 @@ import vocabulary as words
 
 from vllm_dvlm.bench import digit_questions as questions
 
+# More of what takes longer to learn: colour, digit, where, beside, count.
+_KIND_SHARES = (0.17, 0.17, 0.18, 0.22, 0.26)
 NONE = 10  # stands for an empty cell beside the digits 0 to 9
 _NUM_VARIANTS = 100  # copies of each training digit, all different
 
 
 @dataclass(frozen=True)
 class Window:
-    """Size range of the part of the grid that a picture shows, in cells, ends included."""
+    """Pictures of a stage: size range of the part of the grid that they show, in cells, and digits, ends included."""
 
     smallest: int
     largest: int
+    digits: tuple[int, int] = (questions.NUM_DIGITS, questions.NUM_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,11 @@ def draw_batch(
     """
     low, high = window.smallest, window.largest
     rows = int(rng.integers(low, high + 1))
-    columns = int(rng.integers(max(low, -(-questions.NUM_DIGITS // rows)), max(high, low) + 1))
-    kinds = rng.integers(len(questions.KINDS), size=num)
-    scenes = questions.draw_scenes(rng, kinds, rows, columns)
+    num_digits = int(rng.integers(window.digits[0], window.digits[1] + 1))
+    least = max(low, 2, -(-num_digits // rows))
+    columns = int(rng.integers(least, max(high, least) + 1))
+    kinds = rng.choice(len(questions.KINDS), size=num, p=_KIND_SHARES)
+    scenes = questions.draw_scenes(rng, kinds, rows, columns, num_digits)
     top, left = rng.integers(grid - rows + 1, size=num), rng.integers(grid - columns + 1, size=num)
     cells = questions.paint(rng, scenes, rows, columns, glyphs).reshape(num, rows * columns, 14, 14, 3)
     row_places = top[:, None] + np.arange(rows)

@@ -92,6 +92,8 @@ def _decode(model: LLaDAV, asked: list[questions.Question], pruning: Pruning | N
         confidence[(canvas != words.MASK) | (place >= limit)] = -1
         best = confidence.topk(CANVAS // steps, dim=1)
         chosen = torch.zeros_like(canvas, dtype=torch.bool).scatter_(1, best.indices, best.values >= 0)
+        if not chosen.any():
+            break
         canvas = torch.where(chosen, tokens, canvas)
         limit = torch.where(canvas == words.EOT, place, CANVAS).amin(1, keepdim=True)
         if prunes:

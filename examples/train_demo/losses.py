@@ -63,7 +63,6 @@ def tower_losses(model: LLaDAV, probes: Probes, batch: Batch) -> tuple[torch.Ten
     seen, shown = features.float()[at, batch.objects], visual[at, batch.objects]
     place, grid = batch.places[at, batch.objects], model.shape.grid
     table = model.model.embed_tokens.weight
-    scale = model.shape.width**-0.5
     parts = {
         "digit": _mean(probes.digit(seen), batch.digits, smoothing=0.1),
         "colour": _mean(probes.colour(seen), batch.colours),
@@ -71,10 +70,17 @@ def tower_losses(model: LLaDAV, probes: Probes, batch: Batch) -> tuple[torch.Ten
         "right": _mean(probes.right(seen), batch.neighbours[..., 1]),
         "row": _mean(probes.row(shown), place // grid),
         "column": _mean(probes.column(shown), place % grid),
-        "digit word": _mean(shown @ table[_DIGIT_IDS].T * scale, batch.digits),
-        "colour word": _mean(shown @ table[_COLOUR_IDS].T * scale, batch.colours),
+        "digit word": _mean(_cosines(shown, table[_DIGIT_IDS]), batch.digits),
+        "colour word": _mean(_cosines(shown, table[_COLOUR_IDS]), batch.colours),
+        # As long as embeddings are: else the text model's layers hardly change them.
+        "length": (visual.square().mean(-1).sqrt() - 1).square().mean(),
     }
     return visual, sum(parts.values()), parts
+
+
+def _cosines(features: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """Cosine of each feature [B, K, D] and each embedding [W, D], sharpened; dot products could grow by length."""
+    return 16 * F.normalize(features, dim=-1) @ F.normalize(embeddings, dim=-1).T
 
 
 def _mean(logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:

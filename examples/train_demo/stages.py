@@ -1,6 +1,7 @@
 """The recipe as a table, and the loop that runs it from any point."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -111,6 +112,8 @@ def run_stages(
         after_stage(run, stage)
         run.stage, run.step = run.stage + 1, 0
         run.save(state)
+        # Kept: to go on from here with another recipe, copy it over `state` and resume.
+        shutil.copy(state, state.with_name(f"{state.stem}_{run.stage}{state.suffix}"))
 
 
 def set_rate(optimisers: list[torch.optim.Optimizer], stage: Stage, step: int, num_steps: int) -> None:

@@ -24,15 +24,15 @@ from vllm_dvlm.bench import digit_questions as questions
 STATE = "training_state.pt"
 LAST_PLAIN = "whole grid"
 STAGES = [
-    Stage("tower", 700, None, (6e-3, 6e-3), batch=64),
-    Stage("small windows", 1200, Window(2, 4), (4e-3, 4e-3), part=128),
-    Stage("larger windows", 300, Window(4, 8), (3e-3, 3e-3), part=64),
-    Stage(LAST_PLAIN, 200, Window(12, 12), (2e-3, 3e-4), part=16),
-    Stage("robustness", 400, Window(12, 12), (2e-3, 1e-4), part=16, thinning=Thinning(0.85)),
+    Stage("tower", 600, None, (6e-3, 6e-3), batch=64),
+    Stage("small windows", 2000, Window(2, 4, digits=(2, 6)), (3e-3, 3e-3), part=128),
+    Stage("larger windows", 400, Window(4, 8), (3e-3, 2e-3), part=64),
+    Stage(LAST_PLAIN, 250, Window(12, 12), (2e-3, 2e-4), part=16),
+    Stage("robustness", 400, Window(12, 12), (1.5e-3, 1e-4), part=16, thinning=Thinning(0.85)),
 ]
 WHAT = {
     "tower": "windows of 4x4 cells, a digit in each, auxiliary losses alone",
-    "small windows": "windows of 2 to 4 cells a side, anywhere in the grid",
+    "small windows": "windows of 2 to 4 cells a side, anywhere in the grid, with 2 to 6 digits",
     "larger windows": "windows of 4 to 8 cells a side",
     LAST_PLAIN: "all 12x12 cells",
     "robustness": "12x12 cells, visual tokens dropped at random in 85 % of steps, down to 8 %",

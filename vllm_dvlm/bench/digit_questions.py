@@ -147,37 +147,42 @@ def held_out(num: int, seed: int = 0, grid: int = GRID) -> list[Question]:
     return [Question(images[i], scenes.question(i), scenes.answer(i), KINDS[scenes.kinds[i]]) for i in range(num)]
 
 
-def draw_scenes(rng: np.random.Generator, kinds: np.ndarray, rows: int, columns: int) -> Scenes:
+def draw_scenes(
+    rng: np.random.Generator, kinds: np.ndarray, rows: int, columns: int, num_digits: int = NUM_DIGITS
+) -> Scenes:
     """Scenes for questions of the given kinds.
 
     Args:
         kinds: [B], index into KINDS.
-        rows, columns: cells; at least NUM_DIGITS cells and two columns.
+        rows, columns: cells; at least num_digits cells and two columns.
+        num_digits: digits per picture, at least 2.
 
     Raises ValueError for a grid that is too small.
     """
     import numpy as np
 
-    if rows * columns < NUM_DIGITS or columns < 2:
-        raise ValueError(f"A grid of {rows}x{columns} cells cannot hold {NUM_DIGITS} digits side by side.")
+    if not 2 <= num_digits <= rows * columns or columns < 2:
+        raise ValueError(f"A grid of {rows}x{columns} cells cannot hold {num_digits} digits, two of them side by side.")
     num = len(kinds)
     # Others differ from digit 0 in the property that is asked for; adding 1 to 9 modulo 10 is uniform over those.
-    digits = rng.integers(10, size=(num, NUM_DIGITS))
-    other_digits = (digits[:, :1] + rng.integers(1, 10, size=(num, NUM_DIGITS))) % 10
-    colours = rng.integers(len(COLOURS), size=(num, NUM_DIGITS))
-    other_colours = (colours[:, :1] + rng.integers(1, len(COLOURS), size=(num, NUM_DIGITS))) % len(COLOURS)
-    counts = rng.integers(1, MAX_COUNT + 1, size=num)
-    slot = np.arange(NUM_DIGITS)
+    digits = rng.integers(10, size=(num, num_digits))
+    other_digits = (digits[:, :1] + rng.integers(1, 10, size=(num, num_digits))) % 10
+    colours = rng.integers(len(COLOURS), size=(num, num_digits))
+    other_colours = (colours[:, :1] + rng.integers(1, len(COLOURS), size=(num, num_digits))) % len(COLOURS)
+    counts = rng.integers(1, min(MAX_COUNT, num_digits) + 1, size=num)
+    slot = np.arange(num_digits)
     same = np.where(kinds == KINDS.index("count"), counts, 1)[:, None]
     by_colour = (kinds == KINDS.index("digit"))[:, None]
     digits = np.where(by_colour, digits, np.where(slot < same, digits[:, :1], other_digits))
     colours = np.where(by_colour & (slot > 0), other_colours, colours)
     sides = rng.integers(len(SIDES), size=num)
-    cells = _draw_cells(rng, kinds == KINDS.index("beside"), sides, rows, columns)
+    cells = _draw_cells(rng, kinds == KINDS.index("beside"), sides, rows, columns, num_digits)
     return Scenes(digits, colours, cells // columns, cells % columns, np.asarray(kinds), sides, counts)
 
 
-def _draw_cells(rng: np.random.Generator, paired: np.ndarray, sides: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def _draw_cells(
+    rng: np.random.Generator, paired: np.ndarray, sides: np.ndarray, rows: int, columns: int, num_digits: int
+) -> np.ndarray:
     """Distinct cells, [B, K]; where `paired`, 1 stands beside 0, and half the time 2 stands on its other side."""
     import numpy as np
 
@@ -187,14 +192,12 @@ def _draw_cells(rng: np.random.Generator, paired: np.ndarray, sides: np.ndarray,
     column = rng.integers(columns - 1, size=num) + (step < 0)
     first = rng.integers(rows, size=num) * columns + column
     opposite = column - step
-    has_opposite = paired & (opposite >= 0) & (opposite < columns) & (rng.random(num) < 0.5)
+    has_opposite = (num_digits > 2) & paired & (opposite >= 0) & (opposite < columns) & (rng.random(num) < 0.5)
     # The smallest keys come first.
     keys[paired, first[paired]] = -3
     keys[paired, (first + step)[paired]] = -2
     keys[has_opposite, (first - step)[has_opposite]] = -1
-    cells = np.argpartition(keys, NUM_DIGITS, axis=1)[:, :NUM_DIGITS] if keys.shape[1] > NUM_DIGITS else None
-    if cells is None:
-        return keys.argsort(axis=1)
+    cells = np.argpartition(keys, num_digits - 1, axis=1)[:, :num_digits]
     order = np.take_along_axis(keys, cells, axis=1).argsort(axis=1)
     return np.take_along_axis(cells, order, axis=1)
 
