@@ -4,16 +4,19 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import Window, draw_batch, draw_crowd, training_glyphs
+from data import Batch, Window, draw_batch, draw_crowd, training_glyphs
 from losses import Probes, Thinning, answer_loss, tower_losses
 from model import LLaDAV
 from tqdm import tqdm
+
+from vllm_dvlm.bench.digit_questions import Glyphs
 
 _SAVE_EVERY_S = 60
 # Pictures full of digits beside each batch: reading digits takes longest to learn, and the tower costs little.
@@ -28,7 +31,8 @@ class Stage:
         steps: at --minutes-scale 1.
         window: range of the grid's part that pictures show; None: the tower alone.
         lr: learning rate at begin and end, linear between.
-        part: samples per forward pass; gradients of a batch's parts add up. Small parts stay in the cache.
+        part: samples per forward pass; gradients of a batch's parts add up. Parts run side by side, and small ones
+            stay in the cache.
     """
 
     name: str
@@ -87,9 +91,26 @@ def build_optimisers(model: LLaDAV, probes: Probes) -> list[torch.optim.Optimize
 
 
 def run_stages(
-    run: Run, stages: list[Stage], state: Path, after_stage: Callable[[Run, Stage], None], scale: float = 1.0
+    run: Run,
+    stages: list[Stage],
+    state: Path,
+    after_stage: Callable[[Run, Stage], None],
+    scale: float = 1.0,
+    threads: int = 2,
 ) -> None:
     """Train from where `run` stands to the end, saving to `state` now and then."""
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        _run_stages(run, stages, state, after_stage, scale, pool)
+
+
+def _run_stages(
+    run: Run,
+    stages: list[Stage],
+    state: Path,
+    after_stage: Callable[[Run, Stage], None],
+    scale: float,
+    pool: Executor,
+) -> None:
     glyphs = training_glyphs(run.seed)
     saved = time.monotonic()
     while run.stage < len(stages):
@@ -99,7 +120,7 @@ def run_stages(
         while run.step < num_steps:
             start = time.monotonic()
             set_rate(run.optimisers, stage, run.step, num_steps)
-            answer, auxiliary = train_step(run, stage, glyphs)
+            answer, auxiliary = train_step(run, stage, glyphs, pool)
             run.history.append((run.stage, run.step, answer, auxiliary))
             run.step += 1
             run.seconds += time.monotonic() - start
@@ -127,38 +148,49 @@ def set_rate(optimisers: list[torch.optim.Optimizer], stage: Stage, step: int, n
             group["lr"] = rate
 
 
-def train_step(run: Run, stage: Stage, glyphs) -> tuple[float, float]:
-    """One optimiser step; (answer loss, auxiliary loss), mean over the batch."""
+def train_step(run: Run, stage: Stage, glyphs: Glyphs, pool: Executor) -> tuple[float, float]:
+    """One optimiser step; (answer loss, auxiliary loss), mean over the batch.
+
+    Parts of the batch run on the pool's threads, each with one core. Cores that share each operation instead wait for
+    each other hundreds of times a step: fifty times slower where other programs run.
+    """
     # By stage and step, so that a resumed run sees the batches it would have seen.
     rng = np.random.default_rng((run.seed, run.stage, run.step))
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     grid = run.model.shape.grid
     if stage.window is None:
-        batch = draw_crowd(rng, stage.batch, 4, grid, glyphs)
+        jobs = [(part, None) for part in draw_crowd(rng, stage.batch, 4, grid, glyphs).split(stage.part)]
     else:
-        batch = draw_batch(rng, stage.batch, stage.window, grid, glyphs)
-    totals = [0.0, 0.0]
-    if stage.window is not None and _CROWDS:
-        with torch.autocast("cpu", torch.bfloat16):
-            _, auxiliary, _ = tower_losses(run.model, run.probes, draw_crowd(rng, _CROWDS, 4, grid, glyphs))
-        (0.3 * auxiliary).backward()
-    for part in batch.split(stage.part):
-        weight = len(part.cells) / stage.batch
+        jobs = [(part, stage) for part in draw_batch(rng, stage.batch, stage.window, grid, glyphs).split(stage.part)]
+        jobs.append((draw_crowd(rng, _CROWDS, 4, grid, glyphs), None))
+    # One seed for all parts: they drop the same number of visual tokens, so that they take equally long.
+    seed = int(rng.integers(2**62))
+    parameters = [p for optimiser in run.optimisers for g in optimiser.param_groups for p in g["params"]]
+
+    def gradients(job: tuple[Batch, Stage | None]) -> tuple[list[torch.Tensor | None], float, float]:
+        part, answers_of = job
+        generator = torch.Generator().manual_seed(seed)
         with torch.autocast("cpu", torch.bfloat16):
             visual, auxiliary, _ = tower_losses(run.model, run.probes, part)
             answer = torch.zeros(())
-            if stage.window is not None:
-                answer = answer_loss(run.model, visual, part, stage.thinning, generator)
-        ((answer + 0.3 * auxiliary) * weight).backward()
-        totals[0] += answer.item() * weight
-        totals[1] += auxiliary.item() * weight
+            if answers_of is not None:
+                answer = answer_loss(run.model, visual, part, answers_of.thinning, generator)
+        share = len(part.cells) / (stage.batch if stage.window is None or answers_of else _CROWDS)
+        loss = (answer + 0.3 * auxiliary) * share
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return found, answer.item() * share, auxiliary.item() * share if answers_of or stage.window is None else 0.0
+
+    results = list(pool.map(gradients, jobs))
+    # Added in the order of the parts, so that threads do not change the sums.
+    for i, parameter in enumerate(parameters):
+        parts = [found[i] for found, _, _ in results if found[i] is not None]
+        parameter.grad = torch.stack(parts).sum(0) if parts else None
+    answer, auxiliary = (sum(result[i] for result in results) for i in (1, 2))
+    if not math.isfinite(answer + auxiliary):
+        raise FloatingPointError(f"the loss is {answer} + {auxiliary} at step {run.step} of stage {stage.name}")
     for optimiser in run.optimisers:
         torch.nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], 1.0)
         optimiser.step()
-        optimiser.zero_grad()
-    if not math.isfinite(sum(totals)):
-        raise FloatingPointError(f"the loss is {totals} at step {run.step} of stage {stage.name}")
-    return totals[0], totals[1]
+    return answer, auxiliary
 
 
 def attention_in_float32() -> None:

@@ -24,9 +24,9 @@ from vllm_dvlm.bench import digit_questions as questions
 STATE = "training_state.pt"
 LAST_PLAIN = "whole grid"
 STAGES = [
-    Stage("tower", 600, None, (6e-3, 6e-3), batch=64),
-    Stage("small windows", 2000, Window(2, 4, digits=(2, 6)), (3e-3, 3e-3), part=128),
-    Stage("larger windows", 400, Window(4, 8), (3e-3, 2e-3), part=64),
+    Stage("tower", 600, None, (6e-3, 6e-3), batch=64, part=32),
+    Stage("small windows", 2000, Window(2, 4, digits=(2, 6)), (3e-3, 3e-3), part=44),
+    Stage("larger windows", 400, Window(4, 8), (3e-3, 2e-3), part=32),
     Stage(LAST_PLAIN, 250, Window(12, 12), (2e-3, 2e-4), part=16),
     Stage("robustness", 400, Window(12, 12), (1.5e-3, 1e-4), part=16, thinning=Thinning(0.85)),
 ]
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="about a minute: learns a little, proves the way")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # parts of a batch run side by side instead
     attention_in_float32()
     args.out.mkdir(parents=True, exist_ok=True)
     stages, num_questions = STAGES, 1000
@@ -69,7 +69,7 @@ def main() -> None:
             finish(run, folder, robust, num_questions, stages, facts)
 
     run.resumed = run.resumed or resumed
-    run_stages(run, stages, state, after_stage, args.minutes_scale)
+    run_stages(run, stages, state, after_stage, args.minutes_scale, args.threads)
 
 
 def start(seed: int) -> Run:
