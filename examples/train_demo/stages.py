@@ -19,8 +19,6 @@ from tqdm import tqdm
 from vllm_dvlm.bench.digit_questions import Glyphs
 
 _SAVE_EVERY_S = 60
-# Pictures full of digits beside each batch: reading digits takes longest to learn, and the tower costs little.
-_CROWDS = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Stage:
         lr: learning rate at begin and end, linear between.
         part: samples per forward pass; gradients of a batch's parts add up. Parts run side by side, and small ones
             stay in the cache.
+        crowds: pictures full of digits beside each batch, for the tower alone: reading digits takes longest to learn.
     """
 
     name: str
@@ -41,6 +40,7 @@ class Stage:
     lr: tuple[float, float]
     batch: int = 128
     part: int = 64
+    crowds: int = 16
     thinning: Thinning | None = None
 
 
@@ -161,7 +161,7 @@ def train_step(run: Run, stage: Stage, glyphs: Glyphs, pool: Executor) -> tuple[
         jobs = [(part, None) for part in draw_crowd(rng, stage.batch, 4, grid, glyphs).split(stage.part)]
     else:
         jobs = [(part, stage) for part in draw_batch(rng, stage.batch, stage.window, grid, glyphs).split(stage.part)]
-        jobs.append((draw_crowd(rng, _CROWDS, 4, grid, glyphs), None))
+        jobs.append((draw_crowd(rng, stage.crowds, 4, grid, glyphs), None))
     # One seed for all parts: they drop the same number of visual tokens, so that they take equally long.
     seed = int(rng.integers(2**62))
     parameters = [p for optimiser in run.optimisers for g in optimiser.param_groups for p in g["params"]]
@@ -174,7 +174,7 @@ def train_step(run: Run, stage: Stage, glyphs: Glyphs, pool: Executor) -> tuple[
             answer = torch.zeros(())
             if answers_of is not None:
                 answer = answer_loss(run.model, visual, part, answers_of.thinning, generator)
-        share = len(part.cells) / (stage.batch if stage.window is None or answers_of else _CROWDS)
+        share = len(part.cells) / (stage.batch if stage.window is None or answers_of else stage.crowds)
         loss = (answer + 0.3 * auxiliary) * share
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return found, answer.item() * share, auxiliary.item() * share if answers_of or stage.window is None else 0.0

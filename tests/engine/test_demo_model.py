@@ -1,0 +1,122 @@
+"""The demo model: a short training run gives a checkpoint that can be served; the shipped one keeps its card's word.
+
+The card's figures come from PyTorch decoding in examples/train_demo; here the engine answers.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHIPPED = EXAMPLES / "demo_model"
+FOLDERS = {"shipped": SHIPPED, "before robustness": SHIPPED / "before_robustness"}
+FRESH_SEED = 2  # the card's questions have seed 1
+
+
+@contextmanager
+def served(folder: Path) -> Iterator:
+    """``ask(questions, **options)`` of an engine in this process: the answers' texts, in order."""
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from tests.engine.engines import quiet_process
+
+    with quiet_process():
+        made = [LLM(str(folder), kv_cache_memory_bytes=64 * 2**20, max_num_seqs=16)]
+
+    def ask(asked: list, **options) -> list[str]:
+        params = SamplingParams(temperature=0, max_tokens=8, extra_args=options)
+        messages = [
+            [{"role": "user", "content": [_image(Image, question), {"type": "text", "text": question.question}]}]
+            for question in asked
+        ]
+        return [output.outputs[0].text for output in made[0].chat(messages, params, use_tqdm=False)]
+
+    try:
+        yield ask
+    finally:
+        # No other name may hold the engine: its memory goes with the last one.
+        made.pop().llm_engine.engine_core.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def _image(image_module, question) -> dict:
+    return {"type": "image_pil", "image_pil": image_module.fromarray(question.image)}
+
+
+def held_out(num: int, seed: int = FRESH_SEED) -> list:
+    pytest.importorskip("sklearn")
+    from vllm_dvlm.bench import digit_questions
+
+    return digit_questions.held_out(num, seed=seed)
+
+
+def num_right(asked: list, answers: list[str]) -> int:
+    return sum(question.answer == answer for question, answer in zip(asked, answers, strict=True))
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """The modules of examples/train_demo, importable by their own names."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "train_demo"))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(EXAMPLES) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+def test_a_short_training_run_learns_and_can_be_served(tmp_path):
+    asked = held_out(4)
+    command = [sys.executable, str(EXAMPLES / "train_demo" / "train.py"), "--out", str(tmp_path)]
+    subprocess.run([*command, "--short", "--threads", "1"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["loss_last"] < 0.5 * card["loss_first"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    # Nothing is left to do, and a resumed run finds that out.
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    subprocess.run([*command, "--short", "--resume"], check=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    with served(tmp_path) as ask:
+        assert len(ask(asked)) == 4
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_shipped_model_answers_as_its_card_says(name, trainer):
+    folder = FOLDERS[name]
+    card = json.loads((folder / "card.json").read_text())
+    asked = held_out(200)
+    with served(folder) as ask:
+        answers = ask(asked)
+        pruned = ask(asked[:100], prune_method="redvtp", prune_keep_ratio=0.25)
+        at_random = ask(asked[:100], prune_method="random", prune_keep_ratio=0.25)
+    low, high = card["interval_95_of_200_questions"]
+    assert low <= num_right(asked, answers) / 200 <= high
+    assert num_right(asked[:100], pruned) > num_right(asked[:100], at_random) + 20
+
+    # The trainer's own decoding of the same weights says the same.
+    from evaluate import Pruning
+    from evaluate import answers as answers_in_pytorch
+    from model import LLaDAV, Shape
+    from safetensors.torch import load_file
+
+    model = LLaDAV(Shape())
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    assert answers_in_pytorch(model, asked[:40]) == answers[:40]
+    assert answers_in_pytorch(model, asked[:40], Pruning("redvtp", 0.25)) == pruned[:40]
+
+
+def test_the_folder_is_small_and_complete():
+    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 15 * 2**20
+    for folder in FOLDERS.values():
+        assert {"README.md", "card.json", "config.json", "model.safetensors", "tokenizer.json"} <= {
+            file.name for file in folder.iterdir()
+        }
