@@ -7,6 +7,7 @@ to FOLDER/before_robustness. Progress is saved every minute: --resume goes on fr
 """
 
 import argparse
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +28,8 @@ STAGES = [
     Stage("tower", 600, None, (6e-3, 6e-3), batch=64, part=32),
     Stage("small windows", 2800, Window(2, 4, digits=(2, 6)), (3e-3, 3e-3), part=44),
     Stage("larger windows", 400, Window(4, 8), (3e-3, 2e-3), part=32),
-    Stage(LAST_PLAIN, 250, Window(12, 12), (2e-3, 2e-4), part=16, crowds=96),
-    Stage("robustness", 400, Window(12, 12), (1.5e-3, 1e-4), part=16, crowds=96, thinning=Thinning(0.85)),
+    Stage(LAST_PLAIN, 300, Window(12, 12), (2e-3, 2e-4), part=16, crowds=96),
+    Stage("robustness", 450, Window(12, 12), (1.5e-3, 1e-4), part=16, crowds=96, thinning=Thinning(0.85)),
 ]
 WHAT = {
     "tower": "windows of 4x4 cells, a digit in each, auxiliary losses alone",
@@ -65,7 +66,7 @@ def main() -> None:
         if stage.name in (LAST_PLAIN, stages[-1].name):
             robust = stage.thinning is not None
             folder = args.out if robust else args.out / "before_robustness"
-            facts = {"minutes": run.seconds / 60, "resumed": run.resumed, "seed": args.seed, "threads": args.threads}
+            facts = {"resumed": run.resumed, "seed": args.seed, "threads": args.threads}
             finish(run, folder, robust, num_questions, stages, facts)
 
     run.resumed = run.resumed or resumed
@@ -93,6 +94,7 @@ def shortened(stages: list[Stage]) -> list[Stage]:
 
 def finish(run: Run, folder: Path, robust: bool, num_questions: int, stages: list[Stage], facts: dict) -> None:
     """Write one checkpoint with its card and loss curve, and print its figures."""
+    begin = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(run.model, folder)
     asked = questions.held_out(num_questions, seed=1)
@@ -105,16 +107,18 @@ def finish(run: Run, folder: Path, robust: bool, num_questions: int, stages: lis
     scores["all"] = score(sum(right), len(right))
     part = asked[: num_questions // 2]
     for method in ("redvtp", "random"):
-        for keep_ratio in (0.5, 0.25):
+        for keep_ratio in (0.5, 0.25, 0.1):
             found = answers(run.model, part, Pruning(method, keep_ratio))
             num_right = sum(a == q.answer for q, a in zip(part, found, strict=True))
             pruned[f"{method} {keep_ratio}"] = score(num_right, len(part))
+    run.seconds += time.monotonic() - begin
     losses = [row[2] for row in run.history if stages[row[0]].window is not None]
     facts |= {
         "title": "Digit questions: a small LLaDA-V" + ("" if robust else ", before robustness training"),
         "robust": robust,
         "scores": scores,
         "pruned": pruned,
+        "minutes": round(run.seconds / 60, 1),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "stages": [
             (stage.name, sum(row[0] == i for row in run.history), WHAT[stage.name])
