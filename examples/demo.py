@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
-    parser.add_argument("--questions", type=int, default=5)
+    parser.add_argument("--questions", type=int, default=10)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     is_demo = args.model.resolve() == DEMO_MODEL

@@ -160,7 +160,7 @@ With visual tokens pruned after the first step, survivors closing up (all kinds 
 {stages}
 
 - Data: drawn on the fly from the first 1,500 digits of scikit-learn's `load_digits` (UCI "Optical Recognition of
-  Handwritten Digits", E. Alpaydin and C. Kaynak, CC BY 4.0), varied by turning, slanting, resizing, bending and fading;
+  Handwritten Digits", E. Alpaydin and C. Kaynak, CC BY 4.0), varied by turning, slanting, resizing and bending;
   the last 297 are held out. They are harder than every sixth digit would be: a support vector machine reads 95.3 % of
   them, 98.3 % of those. How strongly training digits are varied was decided by looking at held-out digits, among a
   handful of choices.

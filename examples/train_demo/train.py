@@ -28,8 +28,8 @@ STAGES = [
     Stage("tower", 600, None, (6e-3, 6e-3), batch=64, part=32),
     Stage("small windows", 2800, Window(2, 4, digits=(2, 6)), (3e-3, 3e-3), part=44),
     Stage("larger windows", 400, Window(4, 8), (3e-3, 2e-3), part=32),
-    Stage(LAST_PLAIN, 300, Window(12, 12), (2e-3, 2e-4), part=16, crowds=96),
-    Stage("robustness", 450, Window(12, 12), (1.5e-3, 1e-4), part=16, crowds=96, thinning=Thinning(0.85)),
+    Stage(LAST_PLAIN, 250, Window(12, 12), (2e-3, 2e-4), part=16, crowds=96),
+    Stage("robustness", 400, Window(12, 12), (1.5e-3, 1e-4), part=16, crowds=96, thinning=Thinning(0.85)),
 ]
 WHAT = {
     "tower": "windows of 4x4 cells, a digit in each, auxiliary losses alone",
