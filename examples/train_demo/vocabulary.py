@@ -97,7 +97,7 @@ def after_question() -> tuple[int, ...]:
 def tokenizer_json() -> dict:
     """Content of tokenizer.json."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    # Special, so that nothing visible stands before an answer: the decoder would put a space between.
+    # Special, as the header signs around them: no part of a text that is shown.
     roles = [{"id": IDS[role], "content": role, **flags, "single_word": True} for role in ROLES]
     return {
         "version": "1.0",

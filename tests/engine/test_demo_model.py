@@ -37,7 +37,8 @@ def served(folder: Path) -> Iterator:
             [{"role": "user", "content": [_image(Image, question), {"type": "text", "text": question.question}]}]
             for question in asked
         ]
-        return [output.outputs[0].text for output in made[0].chat(messages, params, use_tqdm=False)]
+        # The tokenizer joins words by spaces, so a first word comes with one.
+        return [output.outputs[0].text.strip() for output in made[0].chat(messages, params, use_tqdm=False)]
 
     try:
         yield ask
