@@ -94,6 +94,7 @@ def assert_as_golden(engine, case, output):
     assert {step["kv_blocks"] for step in trace["steps"]} == {blocks_of(engine, after)}
     assert [step["seq_len"] for step in trace["steps"]] == [total] + [after] * (len(case.steps) - 1)
     assert importance(engine, case.name) == pytest.approx(case.importance, rel=IMPORTANCE_TOLERANCE, abs=0)
+    assert np.abs(importance(engine, case.name) - np.asarray(case.importance)).max() < 1e-5
 
 
 def assert_clear(dense):

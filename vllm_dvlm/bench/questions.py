@@ -79,7 +79,9 @@ def decode_image(source: Path | bytes) -> Image:
             return image.copy()  # decodes
     except FileNotFoundError:
         raise ValueError(f"image {name} does not exist") from None
-    except (OSError, SyntaxError, EOFError, Pillow.DecompressionBombError) as error:
+    except Pillow.DecompressionBombError as error:  # Pillow's own limit, which an engine in this process lifts
+        raise ValueError(f"image {name} is too large to decode: {error}") from None
+    except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"image {name} cannot be read: {error}") from None
 
 
