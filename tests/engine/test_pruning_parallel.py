@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from tests.engine import pruned_reference
 from tests.engine.pruned_checks import assert_clear
 from tests.golden import cases
@@ -62,3 +64,6 @@ def test_two_ranks_keep_the_same(checkpoint, reference, tmp_path):
     kept += [result.kept for result in dense]
     found = [json.loads((tmp_path / f"{name}.json").read_text())["pruning"] for name, _ in results]
     assert [pruning["kept_local_indices"] for pruning in found] == kept
+    for case, (name, _) in zip(batch, results, strict=False):
+        with np.load(tmp_path / f"{name}.npz") as arrays:
+            assert np.abs(arrays["importance"] - np.asarray(case.importance)).max() < 1e-5
