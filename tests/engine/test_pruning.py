@@ -1,6 +1,7 @@
 """Pruning through the real engine: recorded runs, every option against dense PyTorch, preemption and aborts."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -173,7 +174,8 @@ def test_methods_without_attention(engine, reference, method):
     options |= {"prune_method": method, "prune_keep_ratio": 0.3}
     (span,) = prompt.visual_spans
     nothing = torch.empty(0)
-    view = StepView(None, None, None, 0, nothing, nothing, prompt.embeddings[slice(*span)], 5)
+    embeds = prompt.embeddings[slice(*span)]
+    view = StepView(None, None, None, 0, nothing, nothing, embeds, places_by_newlines(embeds), 5)
     expected = create(method).importance(view)
     dense = pruned_reference.decode(model, prompt, options, importance=expected)
     dense.distances.pop("importance")  # ranks are exact here
@@ -184,6 +186,19 @@ def test_methods_without_attention(engine, reference, method):
     assert kept == select(torch.from_numpy(importance(engine, method)), len(dense.kept)).tolist()
     if method != "diversity":  # its cosines come from another vision tower's rounding
         assert kept == dense.kept
+
+
+def places_by_newlines(embeds):
+    """Row and column of the tokens of one image, read off where its newline tokens stand. [N, 2] int64."""
+    equal_to_last = (embeds == embeds[-1]).all(dim=1).nonzero().flatten()  # every row ends in the newline vector
+    length = int(equal_to_last.diff()[0])
+    assert set(equal_to_last.diff().tolist()) == {length} and length > 2
+    num_overview = int(equal_to_last[0]) + 1 - length
+    side = math.isqrt(num_overview)
+    assert side**2 == num_overview
+    overview, grid = torch.arange(num_overview), torch.arange(len(embeds) - num_overview)
+    places = [torch.stack([index // n, index % n], dim=1) for index, n in ((overview, side), (grid, length))]
+    return torch.cat(places)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,15 @@ def make_view(
         is_masked=~is_committed,
         is_committed=is_committed,
         visual_embeds=torch.randn(num_visual, width, generator=generator),
+        visual_places=raster_places(num_visual),
         seed=request_seed,
     )
+
+
+def raster_places(num: int, row_length: int = 8) -> torch.Tensor:
+    """Places of a map row by row, the last row perhaps shorter. [num, 2] int64."""
+    index = torch.arange(num)
+    return torch.stack([index // row_length, index % row_length], dim=1)
 
 
 def as_read(view: StepView, pruner: Pruner) -> StepView:
@@ -87,4 +94,5 @@ def same_visual_tokens(view: StepView) -> StepView:
         prompt_attention=first[1],
         visual_attention=view.visual_attention[:1].expand_as(view.visual_attention).contiguous(),
         visual_embeds=view.visual_embeds[:1].expand_as(view.visual_embeds).contiguous(),
+        visual_places=view.visual_places[:1].expand_as(view.visual_places).contiguous(),
     )

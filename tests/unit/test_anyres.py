@@ -22,6 +22,8 @@ from vllm_dvlm.models.anyres import (
     preprocess,
     select_grid,
 )
+from vllm_dvlm.terms import VisualSpan
+from vllm_dvlm.worker.image_maps import describe_images, visual_places
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
 PREPROCESSING = sorted(path.stem for path in GOLDEN.glob("p*.json"))
@@ -208,3 +210,29 @@ def test_thin_images():
     assert layout_of(1, 3000, layout()).unpad_out[1] >= 1
     with pytest.raises(ValueError, match="at least one pixel"):
         layout_of(0, 10, layout())
+
+
+@pytest.mark.parametrize("of_mode", [layout(), layout("anyres"), layout("pad")], ids=["anyres_max_4", "anyres", "pad"])
+@pytest.mark.parametrize("size", [(384, 384), (640, 300), (77, 1000)])
+def test_places_of_visual_tokens(of_mode, size):
+    """Newline tokens are one column behind the map, the others where `arrange` puts the features of their tiles."""
+    feature = {"image_sizes": torch.tensor([size]), "grid_limits": torch.tensor([of_mode.grid_limit])}
+    feature = SimpleNamespace(data={name: SimpleNamespace(data=value) for name, value in feature.items()})
+    images = describe_images([feature, SimpleNamespace(data=None)], of_mode)
+    found = layout_of(*size, of_mode)
+    spans = [VisualSpan(3, 3 + found.num_visual_tokens), VisualSpan(5000, 5007)]
+    places = visual_places(images, spans)
+    assert places[found.num_visual_tokens :].tolist() == [[0, column] for column in range(7)]
+
+    side = of_mode.patches_per_side
+    features = torch.zeros(found.num_tiles, side * side, 2)
+    features[0] = torch.cartesian_prod(torch.arange(side), torch.arange(side))  # row and column in the overview
+    tokens = arrange(features, size, of_mode, torch.tensor([-1.0, -1.0]))
+    is_newline = (tokens < 0).all(dim=1).numpy()
+    overview, rest = places[: side * side], places[side * side : found.num_visual_tokens]
+    assert overview.tolist() == tokens[: side * side].tolist()
+    assert (rest[:, 1] == rest[:, 1].max()).tolist() == is_newline[side * side :].tolist()
+    starts = np.flatnonzero(is_newline)[:-1] + 1
+    if len(rest) > 1:
+        assert rest[0].tolist() == [0, 0]
+        assert places[starts].tolist() == [[row + 1, 0] for row in range(len(starts))]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.pruning_cases import CASES, MethodCase, as_read, make_view, same_visual_tokens
+from tests.unit.pruning_cases import CASES, MethodCase, as_read, make_view, raster_places, same_visual_tokens
 from vllm_dvlm import pruning
 from vllm_dvlm.params import ServerSettings, resolve
 from vllm_dvlm.pruning import names
@@ -133,32 +133,46 @@ def test_rows_that_a_method_does_not_take(method, rows):
 # -- single methods --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_visual", [1, 2, 27, 64, 129, 869])
-def test_uniform_is_even_for_every_keep_count(num_visual):
-    """No part of the sequence gets more than its share: the discrepancy of van der Corput's sequence.
-
-    A random choice misses it by far (about sqrt(k) / 2 tokens; the next test sees that).
-    """
-    importance = MethodCase("uniform").pruner().importance(make_view(num_visual, canvas_len=4, num_text=1))
-    for count in range(1, num_visual + 1):
-        off_by, widest_gap = unevenness(select(importance, count), num_visual)
-        assert off_by <= math.log2(num_visual) / 3 + 0.7
-        assert widest_gap <= 2 * num_visual / count
+# Rows with the newline token are powers of two in the first four.
+@pytest.mark.parametrize("rows, columns", [(12, 16), (7, 32), (16, 32), (32, 64), (27, 27), (27, 28), (1, 40), (3, 1)])
+def test_uniform_gives_every_rectangle_its_share(rows, columns):
+    importance = MethodCase("uniform").pruner().importance(view_of_map(rows, columns))
+    num = rows * columns
+    for count in sorted({max(1, round(num * share)) for share in (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1)}):
+        assert unevenness(select(importance, count), rows, columns) <= max(2, math.log2(num))
 
 
-def test_random_is_not_even():
-    importance = MethodCase("random").pruner().importance(make_view(869, canvas_len=4, num_text=1))
-    off_by, _ = unevenness(select(importance, 434), 869)
-    assert off_by > math.log2(869) / 3 + 0.7
+def test_even_indices_and_random_ones_are_not_even_over_the_map():
+    """What the bound above is worth."""
+    rows, columns = 16, 32
+    num = rows * columns
+    every_eighth = torch.arange(0, num, 8)
+    assert unevenness(every_eighth, rows, columns) > math.log2(num)
+    importance = MethodCase("random").pruner().importance(view_of_map(rows, columns))
+    assert unevenness(select(importance, num // 4), rows, columns) > math.log2(num)
 
 
-def unevenness(kept, num_visual):
-    """Largest distance of the number kept among the first x tokens from its share, and the widest gap."""
-    flags = torch.zeros(num_visual + 1, dtype=torch.float64)
-    flags[kept + 1] = 1
-    share = len(kept) / num_visual * torch.arange(num_visual + 1, dtype=torch.float64)
-    gaps = torch.cat([kept, torch.tensor([num_visual])]).diff()
-    return float((flags.cumsum(0) - share).abs().max()), int(gaps.max())
+def test_uniform_gives_every_image_its_share():
+    places = torch.cat([raster_places(144, 12), raster_places(128, 16), raster_places(64, 8)])
+    view = replace(make_view(len(places), canvas_len=4, num_text=1), visual_places=places)
+    kept = select(MethodCase("uniform").pruner().importance(view), 84)
+    for first, num in ((0, 144), (144, 128), (272, 64)):
+        assert abs(((kept >= first) & (kept < first + num)).sum() - num / 4) <= 3
+
+
+def view_of_map(rows, columns):
+    view = make_view(rows * columns, canvas_len=4, num_text=1)
+    return replace(view, visual_places=raster_places(rows * columns, columns))
+
+
+def unevenness(kept, rows, columns):
+    """Largest distance of the number kept in any rectangle of the map from its share."""
+    above = torch.full((rows * columns,), -len(kept) / (rows * columns), dtype=torch.float64)
+    above[kept] += 1
+    sums = torch.zeros(rows + 1, columns + 1, dtype=torch.float64)
+    sums[1:, 1:] = above.view(rows, columns).cumsum(0).cumsum(1)
+    bands = sums[None] - sums[:, None]  # rows a up to b, columns up to c
+    return float((bands.amax(dim=2) - bands.amin(dim=2)).max())
 
 
 def test_random_follows_the_seed():

@@ -28,6 +28,8 @@ class StepView:
     is_masked: torch.Tensor  # [C] bool, still masked after the commit
     is_committed: torch.Tensor  # [C] bool, unmasked in this step
     visual_embeds: torch.Tensor  # [N, D], embeddings as they entered the first layer
+    visual_places: torch.Tensor  # [N, 2] int64 on the host, row and column in the tile or map it belongs to, from 0;
+    # a newline token is the column behind the last
     seed: int  # of the request, the same on every rank
 
 

@@ -19,21 +19,22 @@ class RandomPruner(Pruner):
         return torch.rand(view.visual_embeds.shape[0], generator=generator).to(view.visual_embeds.device)
 
 
+# Powers of the reciprocal of the plastic number, the root of x**3 = x + 1: the generators of the R2 sequence (Roberts,
+# "The unreasonable effectiveness of quasirandom sequences", 2018).
+_ROW_STEP, _COLUMN_STEP = 0.7548776662466927, 0.5698402909980532
+
+
 @dataclass(frozen=True)
 class UniformPruner(Pruner):
-    """Even along the token sequence: every prefix of the ranking is spread over all of it.
+    """Even over the picture: any rectangle of any tile keeps its share, whatever the keep count.
 
-    Visual tokens lie row by row, so an even choice of indices spreads over the picture, too, unless a row's length
-    (newline included) is a power of two. The ranking is that of the bit-reversed index (van der Corput), whose first k
-    points are even for every k.
+    A token at row r and column c has the rank frac(r * a + c * b) with the generators of the R2 sequence. The cells
+    below any threshold are spread evenly, in every direction and for rows of every length; an even choice of indices
+    would make whole columns where rows have a power of two of tokens.
     """
 
     def importance(self, view: StepView) -> torch.Tensor:
-        num = view.visual_embeds.shape[0]
-        index = torch.arange(num, dtype=torch.int64)
-        reverse = torch.zeros(num, dtype=torch.int64)
-        bits = max(1, (num - 1).bit_length())
-        for bit in range(bits):
-            reverse |= ((index >> bit) & 1) << (bits - 1 - bit)
-        # 2**24 visual tokens would be needed for two of these to coincide in float32.
-        return (1 - reverse.double() / 2**bits).float().to(view.visual_embeds.device)
+        # On the host and in float64, so that every device and rank ranks alike.
+        places = view.visual_places.cpu().double()
+        rank = (places[:, 0] * _ROW_STEP + places[:, 1] * _COLUMN_STEP) % 1
+        return (1 - rank).float().to(view.visual_embeds.device)

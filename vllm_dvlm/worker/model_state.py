@@ -22,10 +22,11 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, resolve
 from vllm_dvlm.terms import VisualSpan, is_refresh, next_query_start
+from vllm_dvlm.worker.image_maps import describe_images
 from vllm_dvlm.worker.pruning import Segment, StepPruner
 from vllm_dvlm.worker.sampler import DiffusionSampler
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
-from vllm_dvlm.worker.trace import TraceRecorder, describe_images
+from vllm_dvlm.worker.trace import TraceRecorder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,9 +156,11 @@ class DiffusionModelState(ModelState):
             seed if seed is not None else hash_seed(new_req_data.req_id),
             pruned_plan=params.pruned_plan(plan, num_visual),
         )
-        if params.options.diffusion_trace and self.writes_traces:
-            images = describe_images(new_req_data.mm_features, self.model.vision.layout)
-            slot.trace = TraceRecorder(self.settings.trace_dir, slot, self.model_config.hf_config, images)
+        traced = params.options.diffusion_trace and self.writes_traces
+        if traced or slot.pruned_plan is not None:
+            slot.images = describe_images(new_req_data.mm_features, self.model.vision.layout)
+        if traced:
+            slot.trace = TraceRecorder(self.settings.trace_dir, slot, self.model_config.hf_config)
         return slot
 
     def suffix_ids(self, text: str) -> list[int]:

@@ -25,6 +25,7 @@ from vllm_dvlm.kv.layout import PageLayout, plain_layout, probe_cpu_layout
 from vllm_dvlm.models.probe import attention_to_columns
 from vllm_dvlm.pruning import Pruner, StepView, create
 from vllm_dvlm.pruning.select import kept_prompt_rows, select
+from vllm_dvlm.worker.image_maps import visual_places
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -279,6 +280,7 @@ class StepPruner:
             is_masked=masked,
             is_committed=committed,
             visual_embeds=job.slot.prompt_embeds[job.visual],
+            visual_places=torch.from_numpy(visual_places(job.slot.images, job.slot.visual_spans)),
             seed=job.slot.noise_seed,
         )
         job.importance = job.pruner.importance(view)

@@ -10,7 +10,7 @@ S = request slots, C = widest canvas (suffix included).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class RequestSlot:
     kept_rows: [prompt after pruning] int64 rows of the original prompt that survived, once it is pruned.
     rope_positions: [prompt + canvas + suffix] int64 rotary positions, where they differ from the cache positions.
     noise_seed: seeds the request's noise together with the step number; None at temperature 0 without need of noise.
+    images: what ``image_maps.describe_images`` says, for requests that prune or are traced; else empty.
     logprobs: per canvas position (token ids [K + 1], logprobs [K + 1], rank), written when the position is unmasked.
     """
 
@@ -67,6 +68,7 @@ class RequestSlot:
     kept_rows: torch.Tensor | None = None
     rope_positions: torch.Tensor | None = None
     prompt_embeds: torch.Tensor | None = None
+    images: list[dict[str, Any] | None] = field(default_factory=list)
     logprobs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     trace: TraceRecorder | None = None
 

@@ -16,13 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm import envs
 
-from vllm_dvlm.models.anyres import layout_of
 from vllm_dvlm.terms import Plan, Position, step_flops
 
 if TYPE_CHECKING:
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
-
-    from vllm_dvlm.models.anyres import ImageLayoutConfig
     from vllm_dvlm.worker.pruning import PruneJob
     from vllm_dvlm.worker.states import RequestSlot
 
@@ -36,31 +32,10 @@ def client_request_id(req_id: str) -> str:
     return _RANDOM_SUFFIX.sub("", req_id)
 
 
-def describe_images(features: list[MultiModalFeatureSpec], layout: ImageLayoutConfig) -> list[dict[str, Any] | None]:
-    """Where the visual tokens of each image lie in it, for pictures.
-
-    Per image: ``size`` [width, height]; ``overview`` rows and columns of the overview tile's tokens, which come first;
-    ``grid`` rows and columns of the map of the tiles (None in pad mode), each row followed by one newline token. None
-    for an image whose data did not travel to this worker.
-    """
-    found: list[dict[str, Any] | None] = []
-    for feature in features:
-        if feature.data is None:
-            found.append(None)
-            continue
-        width, height = (int(x) for x in feature.data["image_sizes"].data.flatten())
-        limit = int(feature.data["grid_limits"].data.flatten()[0])
-        place = layout_of(width, height, layout.with_grid_limit(limit))
-        side = layout.patches_per_side
-        grid = place.downsampled or place.unpad_out
-        found.append({"size": [width, height], "overview": [side, side], "grid": list(grid) if grid else None})
-    return found
-
-
 class TraceRecorder:
     """Collects the steps of one request and writes the file when it ends."""
 
-    def __init__(self, trace_dir: str, slot: RequestSlot, hf_config: Any, images: list[dict[str, Any] | None]) -> None:
+    def __init__(self, trace_dir: str, slot: RequestSlot, hf_config: Any) -> None:
         # Clients choose part of the id (X-Request-Id): nothing of it may name a folder.
         name = re.sub(r"[^A-Za-z0-9._-]", "_", client_request_id(slot.req_id)).lstrip(".") or "request"
         self.path = Path(trace_dir) / f"{name}.json"
@@ -79,7 +54,7 @@ class TraceRecorder:
             },
             "prompt_len": slot.plan.prompt_len,
             "visual_spans": [[s.start, s.end] for s in slot.visual_spans],
-            "images": images,
+            "images": slot.images,
         }
         self.steps: list[dict[str, Any]] = []
         self.pruning: dict[str, Any] | None = None
