@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 SCRIPT = """
 import torch
@@ -32,3 +33,16 @@ def test_kernels_equal_their_twin():
         timeout=300,
     )
     assert run.stdout.strip().endswith("equal"), run.stderr[-3000:]
+
+
+def test_golden_importance_through_the_engine():
+    cases = Path(__file__).with_name("scoring_cases.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=Path(__file__).parents[2],
+    )
+    assert run.returncode == 0 and "3 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
