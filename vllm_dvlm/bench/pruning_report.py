@@ -8,7 +8,7 @@ from vllm_dvlm.bench.common import Row, report
 from vllm_dvlm.bench.pruning_job import Job, Measured, measure, merged
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
 
-PARTS = latency.PARTS + throughput.PARTS + capacity.PARTS
+PARTS = (*latency.PARTS, ("vllm_dvlm.bench.throughput", "measure_every_second"), *capacity.PARTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """`vllm-dvlm bench throughput`: requests per second in a small KV pool, cache on, against keep ratio (N8)."""
 
 import argparse
+import dataclasses
 import statistics
 from typing import Any
 
@@ -16,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
 
 
+def measure_every_second(job: Job) -> Measured:
+    """In the child: `measure_requests` for every second keep ratio, the mildest, which gains least, among them."""
+    return measure_requests(dataclasses.replace(job, keep_ratios=(1.0, *job.pruned_ratios[::2])))
+
+
 def measure_requests(job: Job) -> Measured:
     """In the child: 1, 4 and 16 requests at once, all of them asked for at the start; pruned against unpruned."""
     from vllm_dvlm.bench.pruning_host import PruningHost, Run, median_ratio
@@ -24,8 +30,7 @@ def measure_requests(job: Job) -> Measured:
     host = PruningHost(job, job.sizes, prompts, max_num_seqs=max(job.concurrency), batched_prompts=prompts)
     result = Measured(description=host.describe())
     pool = prompts * host.request_blocks
-    # The mildest pruning, which gains least, is always among them.
-    ratios = (1.0, *job.pruned_ratios[::2])
+    ratios = (1.0, *job.pruned_ratios)
     result.description["throughput_pool_kv_blocks"] = pool
     for count in job.concurrency:
         runs: dict[float, list[Run]] = {keep: [] for keep in ratios}
