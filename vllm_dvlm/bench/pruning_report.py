@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from vllm_dvlm.bench import capacity, latency, throughput
+from vllm_dvlm.bench import capacity, latency
 from vllm_dvlm.bench.common import Row, report
 from vllm_dvlm.bench.pruning_job import Job, Measured, measure, merged
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
