@@ -98,10 +98,8 @@ def test_the_shipped_model_answers_as_its_card_says(name, trainer):
         answers = ask(asked)
         pruned = ask(asked[:100], prune_method="redvtp", prune_keep_ratio=0.25)
         at_random = ask(asked[:100], prune_method="random", prune_keep_ratio=0.25)
-    # Both are samples: 99 % of fresh sets of 200 lie this near to the card's share.
-    share, num = card["scores"]["all"]["share"], card["scores"]["all"]["questions"]
-    margin = 2.576 * (share * (1 - share) * (1 / 200 + 1 / num)) ** 0.5
-    assert abs(num_right(asked, answers) / 200 - share) <= margin
+    low, high = card["interval_99_of_200_fresh_questions"]
+    assert low <= num_right(asked, answers) / 200 <= high
     assert num_right(asked[:100], pruned) > num_right(asked[:100], at_random) + 20
 
     # The trainer's own decoding of the same weights says the same.
