@@ -1,4 +1,7 @@
-"""Add one middleware to the API server of our models: refused streams get HTTP 400 (``vllm_dvlm/stream_status.py``).
+"""Add two middlewares to the API server of our models.
+
+Refused streams get HTTP 400 (``vllm_dvlm/stream_status.py``); a reply shows its request's report in a header
+(``vllm_dvlm/report_header.py``).
 
 vLLM sends status 200 for a streamed request before it validates the parameters. The seams do not reach that far:
 endpoint plugins load only where the user names them in VLLM_PLUGINS, ``--middleware`` is a flag that the user would
@@ -20,8 +23,8 @@ PATCHES = (
     Patch(
         target=f"{_APP}:init_entrypoints_middleware",
         upstream="none yet; validating parameters before the stream starts would do",
-        reason="a refused streamed request must be HTTP 400, and no seam adds a middleware without a flag",
-        expires="drop when vLLM validates sampling parameters before it starts a stream",
+        reason="refused streams must be HTTP 400, replies show their report; no seam adds a middleware without a flag",
+        expires="drop when vLLM validates parameters before it starts a stream, and plugins can add middlewares",
         fingerprint="550760bbd971bbf9fa70b284925615411a104946d6f9934d6477c45276a05214",
         test="tests/engine/test_server.py",
         replacement=f"{__name__}:init_entrypoints_middleware",
@@ -34,10 +37,12 @@ def init_entrypoints_middleware(args: Any, app: "FastAPI", supported_tasks: tupl
     """vLLM's own middleware, then ours around it."""
     from vllm.entrypoints.serve.middleware import register
 
+    from vllm_dvlm.report_header import ReportHeader
     from vllm_dvlm.stream_status import StreamStatus
 
     register.init_entrypoints_middleware(args, app, supported_tasks)
     app.add_middleware(StreamStatus)
+    app.add_middleware(ReportHeader)
 
 
 def install() -> None:

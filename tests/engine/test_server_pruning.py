@@ -1,5 +1,6 @@
 """A server with a small KV pool: pruning puts more requests in flight, and /metrics says what was freed."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -67,3 +68,17 @@ def test_pruning_frees_blocks_for_waiting_requests(server):
     spent = after["vllm_dvlm:prune_seconds_total"] - before["vllm_dvlm:prune_seconds_total"]
     assert spent == pytest.approx(sum(r["kv_transfer_params"]["dvlm"]["prune_ms"] for r in replies) / 1000)
     assert len({reply["choices"][0]["message"]["content"] for reply in replies}) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"prune_method": "redvtp", "prune_keep_ratio": 0.25}], ids=["none", "pruned"])
+def test_report_in_a_header(server, options):
+    """Also for clients that know no other fields than OpenAI's; a stream's headers are sent before it is known."""
+    body = chat_of("b1_image_steps_eq_gen", max_tokens=8, ignore_eos=True)
+    body["vllm_xargs"] = {"diffusion_canvas_length": 8} | options
+    reply = server.http.post("/v1/chat/completions", json=body)
+    report = json.loads(reply.headers["x-vllm-dvlm"])
+    assert report == reply.json()["kv_transfer_params"]["dvlm"]
+    assert report["denoise_steps"] > 1 and bool(report.get("prune_ms")) == bool(options)
+    streamed = server.http.post("/v1/chat/completions", json=body | {"stream": True})
+    assert streamed.status_code == 200 and "x-vllm-dvlm" not in streamed.headers
+    server.wait_idle()
