@@ -1,30 +1,14 @@
 """The middleware that copies a reply's report into a header, on small ASGI applications."""
 
-import asyncio
 import json
 
 import pytest
 
+from tests.unit.asgi import sent_by
 from vllm_dvlm.report_header import NAME, ReportHeader, report_in
 
 JSON = [(b"content-type", b"application/json"), (b"x-request-id", b"7")]
 REPORT = {"visual_tokens_before": 869, "prune_ms": 1.5}
-
-
-def sent_by(headers, bodies, scope_type="http"):
-    """Messages that reach the client when an application answers with these headers and chunks."""
-    sent = []
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for i, body in enumerate(bodies):
-            await send({"type": "http.response.body", "body": body, "more_body": i + 1 < len(bodies)})
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(ReportHeader(app)({"type": scope_type}, None, send))
-    return sent
 
 
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
@@ -32,7 +16,7 @@ def test_report_becomes_a_header(separators):
     said = 'a text with "dvlm": {"x": 1} in it'
     content = {"choices": [said], "kv_transfer_params": {"dvlm": REPORT}, "after": said}
     body = json.dumps(content, separators=separators).encode()
-    start, message = sent_by(JSON, [body])
+    start, message = sent_by(ReportHeader, JSON, [body])
     headers = dict(start["headers"])
     assert json.loads(headers[NAME]) == REPORT and headers[b"x-request-id"] == b"7"
     assert message == {"type": "http.response.body", "body": body, "more_body": False}
@@ -50,13 +34,13 @@ def test_report_becomes_a_header(separators):
     ],
 )
 def test_everything_else_passes(headers, bodies):
-    sent = sent_by(headers, bodies)
+    sent = sent_by(ReportHeader, headers, bodies)
     assert sent[0] == {"type": "http.response.start", "status": 200, "headers": headers}
     assert [message["body"] for message in sent[1:]] == bodies
 
 
 def test_web_sockets_pass():
-    assert sent_by(JSON, [b'{"dvlm": {"x": 1}}'], "websocket")[0]["headers"] == JSON
+    assert sent_by(ReportHeader, JSON, [b'{"dvlm": {"x": 1}}'], "websocket")[0]["headers"] == JSON
 
 
 def test_report_is_ascii():

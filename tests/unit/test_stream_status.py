@@ -5,26 +5,11 @@ import json
 
 import pytest
 
+from tests.unit.asgi import sent_by
 from vllm_dvlm.stream_status import StreamStatus
 
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-request-id", b"7")]
 ERROR = {"message": "no such option", "type": "BadRequestError", "param": "x", "code": 400}
-
-
-def sent_by(headers, bodies):
-    """Messages that reach the client when an application answers with these headers and chunks."""
-    sent = []
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for i, body in enumerate(bodies):
-            await send({"type": "http.response.body", "body": body, "more_body": i + 1 < len(bodies)})
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(StreamStatus(app)({"type": "http"}, None, send))
-    return sent
 
 
 def event(content):
@@ -34,7 +19,7 @@ def event(content):
 @pytest.mark.parametrize("done", [[b"data: [DONE]\n\n", b""], []], ids=["done", "alone"])
 @pytest.mark.parametrize("empty_first", [False, True])
 def test_refusal_gets_its_own_status(done, empty_first):
-    start, body = sent_by(EVENTS, [b""] * empty_first + [event({"error": ERROR})] + done)
+    start, body = sent_by(StreamStatus, EVENTS, [b""] * empty_first + [event({"error": ERROR})] + done)
     assert start["status"] == 400
     headers = dict(start["headers"])
     assert headers[b"content-type"] == b"application/json" and headers[b"x-request-id"] == b"7"
@@ -55,14 +40,14 @@ def test_refusal_gets_its_own_status(done, empty_first):
     ],
 )
 def test_everything_else_passes(bodies):
-    sent = sent_by(EVENTS, bodies)
+    sent = sent_by(StreamStatus, EVENTS, bodies)
     assert [m["body"] for m in sent[1:]] == bodies
     assert sent[0] == {"type": "http.response.start", "status": 200, "headers": EVENTS}
 
 
 def test_other_answers_are_not_looked_at():
     body = event({"error": ERROR})
-    sent = sent_by([(b"content-type", b"text/plain")], [body])
+    sent = sent_by(StreamStatus, [(b"content-type", b"text/plain")], [body])
     assert sent[0]["status"] == 200 and sent[1]["body"] == body
 
 
