@@ -133,7 +133,7 @@ one of eight colours (red, green, blue, yellow, orange, purple, pink, white). It
 
 - `what colour is the 7?` (red)
 - `which digit is red?` (7)
-- `where is the 7?` (row 3 column 5; counted from 1, from the top left)
+- `where is the 7?` (third row fifth column; counted from the top left)
 - `what is left of the 3?`, `what is right of the 3?` (the digit in the next cell)
 - `how many 5 are there?` (1 to 4)
 

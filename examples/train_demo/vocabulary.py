@@ -1,6 +1,6 @@
 """The demo model's words, its prompt, and the tokenizer files of its checkpoint.
 
-Words, numbers, single signs and line breaks are tokens; spaces are not; any other word is the unknown token, so no
+Words, digits, single signs and line breaks are tokens; spaces are not; any other word is the unknown token, so no
 text can fail. The prompt is what the chat template gives for a picture and a question.
 """
 
@@ -8,6 +8,8 @@ import functools
 import json
 import re
 from pathlib import Path
+
+from vllm_dvlm.bench.digit_questions import ORDINALS
 
 SPECIAL = (
     "<|unk|>",
@@ -22,10 +24,11 @@ SPECIAL = (
 ROLES = ("user", "assistant", "system")
 _WORDS = (
     *("\n", "?", ".", ",", "!", ":", *ROLES),
-    *(str(number) for number in range(25)),
+    *(str(digit) for digit in range(10)),
     *("red", "green", "blue", "yellow", "orange", "purple", "pink", "white"),
     *("what", "which", "where", "how", "many", "is", "are", "the", "there", "of", "colour", "digit", "row", "column"),
     *("left", "right"),
+    *ORDINALS,
 )
 TOKENS = (*SPECIAL, *_WORDS)
 IDS = {token: i for i, token in enumerate(TOKENS)}

@@ -39,7 +39,8 @@ def possible_answers(question: str, cells: dict) -> list[str]:
     if question.startswith("which digit"):
         return [str(found) for found, colour in cells.values() if f"is {colour}?" in question]
     if question.startswith("where"):
-        return [f"row {row} column {column}" for row, column in places]
+        names = ["first", "second", "third", "fourth"]
+        return [f"{names[row - 1]} row {names[column - 1]} column" for row, column in places]
     if question.startswith("how many"):
         return [str(len(places))]
     step = -1 if " left " in question else 1
@@ -110,9 +111,11 @@ def test_held_out_digits_are_not_among_the_training_digits():
     assert (glyphs.labels[:: questions.NUM_PLACES] == questions.held_out_digits()[1]).all()
 
 
-def test_a_grid_that_is_too_small_is_refused():
+def test_a_grid_that_is_too_small_or_too_large_is_refused():
     with pytest.raises(ValueError, match="2x2"):
         questions.draw_scenes(np.random.default_rng(0), np.zeros(3, dtype=int), 2, 2)
+    with pytest.raises(ValueError, match="names up to 12"):
+        questions.held_out(3, grid=13)
 
 
 def test_importing_is_light():

@@ -36,6 +36,21 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (230, 230, 230),
 }
 SIDES = ("left", "right")
+# Rows and columns have words of their own: as numbers, a row once written is taken for the digit to look up.
+ORDINALS = (
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+    "eleventh",
+    "twelfth",
+)
 
 _SPRITE = 12  # pixels per digit side; the rest of a cell is room to move
 _MOVES = PATCH - _SPRITE + 1
@@ -108,11 +123,11 @@ class Scenes:
         }[KINDS[self.kinds[i]]]
 
     def answer(self, i: int) -> str:
-        """Text of the right answer to question `i`; rows and columns count from 1."""
+        """Text of the right answer to question `i`; rows and columns count from the top left."""
         return {
             "colour": list(COLOURS)[self.colours[i, 0]],
             "digit": str(self.digits[i, 0]),
-            "where": f"row {self.rows[i, 0] + 1} column {self.columns[i, 0] + 1}",
+            "where": f"{ORDINALS[self.rows[i, 0]]} row {ORDINALS[self.columns[i, 0]]} column",
             "beside": str(self.digits[i, 1]),
             "count": str(self.counts[i]),
         }[KINDS[self.kinds[i]]]
@@ -133,9 +148,14 @@ def held_out(num: int, seed: int = 0, grid: int = GRID) -> list[Question]:
     Kinds take turns, so their shares differ by one at most. Each question has a picture of its own.
 
     Args:
-        grid: cells per side; the demo model's tile has `GRID`.
+        grid: cells per side, at most as many as there are `ORDINALS`; the demo model's tile has `GRID`.
+
+    Raises ValueError for a grid that is too small or too large.
     """
     import numpy as np
+
+    if grid > len(ORDINALS):
+        raise ValueError(f"grid is {grid}; rows and columns have names up to {len(ORDINALS)}")
 
     rng = np.random.default_rng((seed, 0xD161))
     scenes = draw_scenes(rng, np.arange(num) % len(KINDS), grid, grid)
