@@ -7,7 +7,8 @@ former would reach the caller as one that is no ValueError, so it only notes who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from vllm_dvlm.errors import InvalidRequest
-from vllm_dvlm.params import RESUME_KEY, ServerSettings, check_lengths, resolve
+from vllm_dvlm.params import RESUME_KEY, ResolvedParams, ServerSettings, Space, check_lengths, resolve
 from vllm_dvlm.pruning import create
 
 if TYPE_CHECKING:
@@ -46,8 +47,13 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 
-def check_sampling_params(params: SamplingParams, settings: ServerSettings) -> None:
-    """InvalidRequest naming the parameter and the remedy, for what is wrong whatever the prompt is."""
+def check_sampling_params(
+    params: SamplingParams, settings: ServerSettings, space: Space | None = None
+) -> ResolvedParams:
+    """InvalidRequest naming the parameter and the remedy, for what is wrong whatever the prompt says.
+
+    space: what the prompt leaves; None if the prompt is not known. Returns what the options come to.
+    """
     if _is_beam_search(params):
         raise InvalidRequest(
             "use_beam_search: beam search extends texts token by token and is not possible with masked-diffusion "
@@ -65,13 +71,21 @@ def check_sampling_params(params: SamplingParams, settings: ServerSettings) -> N
         raise InvalidRequest("logprobs must be at least 0 for masked-diffusion decoding", parameter="logprobs")
     if RESUME_KEY in (params.extra_args or {}):
         raise InvalidRequest(f"{RESUME_KEY} is not an option; remove it", parameter=RESUME_KEY)
-    try:
-        options = resolve(params.extra_args, params.max_tokens, settings).options
+    with _refusals():
+        resolved = resolve(params.extra_args, params.max_tokens, settings, space)
+        options = resolved.options
         if options.prune_method != "none":
             # A method of a third party says for itself which rows it takes.
             create(options.prune_method, options.prune_rows)
+    return resolved
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """ValueErrors of options as InvalidRequest: their messages begin with the name of what is wrong."""
+    try:
+        yield
     except ValueError as error:
-        # These messages begin with the name of what is wrong.
         raise InvalidRequest(str(error), parameter=str(error).split()[0].rstrip(":")) from error
 
 
@@ -95,6 +109,10 @@ class PromptLimits:
     mask_token_id: int
     encode: Callable[[str], list[int]]
 
+    def space(self, prompt_len: int) -> Space:
+        """What a prompt of this length leaves for canvas and suffix."""
+        return Space(self.max_model_len - prompt_len, lambda text: len(self.encode(text)) if text else 0)
+
 
 PROMPT_LIMITS_KEY = "dvlm_limits"
 
@@ -111,13 +129,17 @@ def validate_request(engine_input: Mapping[str, Any], params: SamplingParams | P
     _noted.set(None)
     if noted is None or noted[0] is not params:
         return
-    check_sampling_params(*noted)
+    settings = noted[1]
     limits: PromptLimits | None = engine_input.get(PROMPT_LIMITS_KEY)
-    if limits is not None:  # some of vLLM's less common endpoints do not ask the renderer
-        _check_prompt(engine_input.get("prompt_token_ids"), params, limits)
+    if limits is None:  # some of vLLM's less common endpoints do not ask the renderer
+        check_sampling_params(params, settings)
+        return
+    token_ids = engine_input.get("prompt_token_ids")
+    resolved = check_sampling_params(params, settings, limits.space(len(token_ids)) if token_ids else None)
+    _check_prompt(token_ids, resolved, limits)
 
 
-def _check_prompt(token_ids: list[int] | None, params: SamplingParams, limits: PromptLimits) -> None:
+def _check_prompt(token_ids: list[int] | None, resolved: ResolvedParams, limits: PromptLimits) -> None:
     if not token_ids:
         raise InvalidRequest(
             "masked-diffusion models take text or token prompts with at least one token", parameter="prompt"
@@ -126,10 +148,6 @@ def _check_prompt(token_ids: list[int] | None, params: SamplingParams, limits: P
         raise InvalidRequest(
             "the prompt contains the mask token, which marks positions to be filled; remove it", parameter="prompt"
         )
-    max_tokens = params.max_tokens
-    if max_tokens is None:  # vLLM fills in 'all that fits' after this check; a full prompt is its own error
-        max_tokens = max(1, limits.max_model_len - len(token_ids))
-    resolved = resolve(params.extra_args, max_tokens, limits.settings)
     suffix = limits.encode(resolved.options.diffusion_suffix) if resolved.options.diffusion_suffix else []
     if limits.mask_token_id in suffix:
         raise InvalidRequest("diffusion_suffix must not contain the mask token", parameter="diffusion_suffix")

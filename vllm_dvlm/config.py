@@ -58,8 +58,11 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         ids = resolve_token_ids(config, cached_tokenizer_from_config(model_config))
         config.mask_token_id = ids.mask_token_id
         config.end_of_turn_token_id = ids.end_of_turn_token_id
-        # The reference decodes greedily unless told otherwise; OpenAI's own default would be 1.
-        model_config.override_generation_config.setdefault("temperature", 0.0)
+        # The reference decodes greedily unless told otherwise; OpenAI's own default would be 1. What else a
+        # checkpoint's generation_config.json may suggest is not for masked diffusion, and would refuse every request.
+        neutral = {"temperature": 0.0, "repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        for name, value in neutral.items():
+            model_config.override_generation_config.setdefault(name, value)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -67,12 +70,12 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         _choose_runner()
         _refuse(vllm_config)
         settings = ServerSettings.from_additional_config(vllm_config.additional_config)
+        model_config = vllm_config.model_config
+        settings = replace(settings, num_layers=model_config.hf_config.num_hidden_layers)
         # Defaults that no request could be served with are refused here rather than request by request.
         resolve({}, None, settings)
-        model_config = vllm_config.model_config
         scheduler_config = vllm_config.scheduler_config
         _choose_dtype(model_config, settings)
-        settings = replace(settings, num_layers=model_config.hf_config.num_hidden_layers)
         vllm_config.additional_config = {**(vllm_config.additional_config or {}), "dvlm": settings.to_mapping()}
         # Canvases live on the worker, so nothing travels over vLLM's draft-token path; but a config must be there,
         # and its length sizes per-request buffers (a structured-output bitmask of length x vocabulary among them).
@@ -84,13 +87,14 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         scheduler_config.long_prefill_token_threshold = 0
         vllm_config.cache_config.enable_prefix_caching = False
         vllm_config.attention_config.use_non_causal = True
-        _use_cpu_kernels(vllm_config)
+        _run_eagerly(vllm_config)
         if settings.max_image_tiles is not None:
             model_config.hf_config.max_image_tiles = settings.max_image_tiles
         # A denoising step runs as a whole: the longest request must fit into one step's budget, and so must its
         # images. vLLM copied the encoder's budgets from the old value before this hook.
         budget = max(scheduler_config.max_num_batched_tokens, model_config.max_model_len)
         scheduler_config.max_num_batched_tokens = budget
+        scheduler_config.max_num_scheduled_tokens = None
         scheduler_config.max_num_encoder_input_tokens = max(scheduler_config.max_num_encoder_input_tokens, budget)
         scheduler_config.encoder_cache_size = max(scheduler_config.encoder_cache_size, budget)
         validator = f"vllm_dvlm.admission:Options_{settings.to_name()}"
@@ -116,16 +120,19 @@ def _choose_runner() -> None:
         DvlmCpuPlatform.choose_runner(is_ours=True)
 
 
-def _use_cpu_kernels(vllm_config: VllmConfig) -> None:
-    """On a CPU host, vLLM's own rotary embedding and activation instead of plain PyTorch (a tenth of a small step).
+def _run_eagerly(vllm_config: VllmConfig) -> None:
+    """No compiler and no CUDA graphs.
 
-    vLLM leaves them to the compiler, which these models do not use.
+    A step that prunes changes its number of rows between two layers and builds attention metadata twice, which
+    backends that prepare a graph keep in one buffer (FlashAttention 3: the second overwrites the first). Without the
+    compiler vLLM uses its own kernels for norms, rotary embedding and activation, which it else leaves to it.
     """
-    from vllm.platforms import current_platform
+    from vllm.config import CompilationMode, CUDAGraphMode
 
-    custom_ops = vllm_config.compilation_config.custom_ops
-    if current_platform.is_cpu() and not {"all", "none"} & set(custom_ops):
-        custom_ops.append("all")
+    config = vllm_config.compilation_config
+    if config.mode is None:
+        config.mode = CompilationMode.NONE
+    config.cudagraph_mode = CUDAGraphMode.NONE
 
 
 def _choose_dtype(model_config: ModelConfig, settings: ServerSettings) -> None:
@@ -147,6 +154,9 @@ def _choose_dtype(model_config: ModelConfig, settings: ServerSettings) -> None:
 
 def _refuse(vllm_config: VllmConfig) -> None:
     """ValueError with the remedy for every setting that these models cannot run with."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
     model_config = vllm_config.model_config
     parallel = vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
@@ -168,8 +178,16 @@ def _refuse(vllm_config: VllmConfig) -> None:
         (vllm_config.speculative_config is not None, "is not autoregressive: remove --speculative-config"),
         (vllm_config.lora_config is not None, "has no LoRA support: remove --enable-lora"),
         (
-            cache.cache_dtype.startswith("int8") or "per_token" in cache.cache_dtype,
-            f"cannot move the scales of --kv-cache-dtype {cache.cache_dtype}: use auto or fp8",
+            cache.cache_dtype not in ("auto", "float16", "bfloat16"),
+            f"turns and moves KV rows, which --kv-cache-dtype {cache.cache_dtype} does not allow: use auto",
+        ),
+        (
+            vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE),
+            "changes the number of rows inside a step: remove cudagraph_mode from --compilation-config",
+        ),
+        (
+            vllm_config.attention_config.backend is AttentionBackendEnum.FLASHINFER,
+            "plans attention twice in a step, FLASHINFER once: remove --attention-backend",
         ),
         (scheduler.async_scheduling is True, "must see a step's result before the next: remove --async-scheduling"),
         (
@@ -179,6 +197,10 @@ def _refuse(vllm_config: VllmConfig) -> None:
         (
             scheduler.enable_chunked_prefill,
             "computes prompt and canvas in one denoising step: remove --enable-chunked-prefill",
+        ),
+        (
+            scheduler.max_num_scheduled_tokens not in (None, scheduler.max_num_batched_tokens),
+            "runs whole steps: use --max-num-batched-tokens instead of --max-num-scheduled-tokens",
         ),
         (model_config.enable_prompt_embeds, "takes text and token prompts only: remove --enable-prompt-embeds"),
     ]

@@ -6,13 +6,12 @@ front end let through. Neither torch nor vllm is imported.
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from vllm_dvlm.option_checks import choice, integer, number, optional, switch, text, unknown
 from vllm_dvlm.pruning.names import AT_LAYER, ROWS, known_methods
 from vllm_dvlm.terms import Plan, pruned_prompt_len, round_up
 
@@ -32,7 +31,7 @@ _ROWS_OF = {
 }
 
 # Keys that vLLM itself reads from extra_args; they are its business, not ours.
-VLLM_EXTRA_ARGS = frozenset({"kv_cache_report_mode"})
+VLLM_EXTRA_ARGS = frozenset({"kv_cache_report_mode", "session_id"})
 # Written by our scheduler for our worker, never accepted from a user.
 RESUME_KEY = "_dvlm_resume"
 
@@ -49,19 +48,21 @@ class DenoiseParams:
     """
 
     diffusion_canvas_length: int | None = _setting(
-        None, "length of the canvas; default: `max_tokens` rounded up to whole blocks", "1 … server maximum"
+        None, "length of the canvas; default: `max_tokens` rounded up to whole blocks", "1 … server maximum, or none"
     )
     diffusion_block_length: int | None = _setting(
-        None, "semi-autoregressive blocks; default: the canvas is one block", "divides the canvas"
+        None, "semi-autoregressive blocks; default: the canvas is one block", "divides the canvas, or none"
     )
     diffusion_max_steps: int | None = _setting(
-        None, "denoising steps for the whole canvas; default: one per canvas position", "a multiple of the blocks"
+        None,
+        "denoising steps for the whole canvas; default: one per canvas position",
+        "a multiple of the blocks, or none",
     )
     diffusion_remasking: str = _setting(
         "low_confidence", "confidence that decides what is unmasked", "|".join(REMASKING)
     )
     diffusion_threshold: float | None = _setting(
-        None, "Fast-dLLM parallel decoding, factor rule: the number of steps follows the confidence", "> 0 or absent"
+        None, "Fast-dLLM parallel decoding, factor rule: the number of steps follows the confidence", "> 0, or none"
     )
     diffusion_schedule: str = _setting("uniform", "tokens per step", "uniform")
     diffusion_schedule_shift: float | None = _setting(None, "shift of the `shift` schedule", "not for this family")
@@ -114,7 +115,7 @@ class ServerSettings:
         known = own | {f.name for f in fields(DenoiseParams)}
         for key in raw:
             if key not in known:
-                raise ValueError(_unknown(key, known, "server setting"))
+                raise ValueError(unknown(key, known, "server setting"))
         settings = cls(defaults=_parse({k: v for k, v in raw.items() if k not in own}))
         for key in own & set(raw):
             value = raw[key]
@@ -122,13 +123,13 @@ class ServerSettings:
                 if value is not None and not isinstance(value, str):
                     raise ValueError(f"trace_dir must be a path, not {value!r}")
             elif key == "fastv_kv_groups":
-                _choice(key, value, ("auto", "one"))
+                choice(key, value, ("auto", "one"))
             elif key == "cpu_dtype":
-                _choice(key, value, ("float32", "bfloat16"))
+                choice(key, value, ("float32", "bfloat16"))
             elif value is None and key in ("max_image_tiles", "logits_chunk_bytes", "num_layers"):
                 pass
             else:
-                value = _integer(key, value, minimum=1)
+                value = integer(key, value, minimum=1)
             settings = replace(settings, **{key: value})
         return settings
 
@@ -182,7 +183,10 @@ class ResolvedParams:
 
     def plan(self, prompt_len: int, suffix_len: int) -> Plan:
         """The course of the request, for ``terms.advance``; lengths in tokens."""
-        steps = None if self.options.diffusion_threshold is not None else self.max_steps // self.num_blocks
+        steps = None
+        if self.options.diffusion_threshold is None:
+            # Steps beyond one per position unmask nothing and would repeat the same forward pass.
+            steps = min(self.max_steps // self.num_blocks, self.block_len)
         return Plan(
             prompt_len, self.canvas_len, suffix_len, self.block_len, steps, self.options.diffusion_refresh_interval
         )
@@ -200,17 +204,33 @@ class ResolvedParams:
             return None
         return self.options.prune_layer or max(1, num_layers // 2)
 
+    @property
+    def emits_suffix(self) -> bool:
+        """False if ``max_tokens`` ends the reply inside the canvas."""
+        return self.max_tokens >= self.canvas_len
+
     def max_new_tokens(self, suffix_len: int) -> int:
         """Output tokens after which the request ends."""
-        if self.max_tokens < self.canvas_len:
-            return self.max_tokens
-        return self.canvas_len + suffix_len
+        return self.canvas_len + suffix_len if self.emits_suffix else self.max_tokens
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where a request's canvas and suffix must fit; all counts in tokens.
+
+    room: the model's positions behind the prompt.
+    suffix_len: tokens of a suffix text.
+    """
+
+    room: int
+    suffix_len: Callable[[str], int]
 
 
 def resolve(
     extra_args: Mapping[str, Any] | None,
     max_tokens: int | None,
     settings: ServerSettings,
+    space: Space | None = None,
 ) -> ResolvedParams:
     """Parse a request's options against the server's defaults and limits.
 
@@ -218,6 +238,7 @@ def resolve(
         extra_args: flat options (``SamplingParams.extra_args``, ``vllm_xargs`` over HTTP).
         max_tokens: vLLM's limit on output tokens; None if unlimited.
         settings: the server's settings.
+        space: None as long as the prompt is not known.
 
     Raises:
         ValueError: unknown, ill-typed, contradictory or unsupported option; names the option and the remedy.
@@ -231,21 +252,47 @@ def resolve(
     _refuse_unsupported(opts, settings)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}: the canvas needs a position")
-    limit = settings.max_canvas_length
-    canvas = opts.diffusion_canvas_length
-    block = opts.diffusion_block_length
+    canvas, block = _canvas_and_block(opts, raw, max_tokens, settings.max_canvas_length, space)
+    num_blocks = canvas // block
+    steps = opts.diffusion_max_steps
+    if steps is None:
+        steps = canvas
+    if steps < num_blocks or steps % num_blocks:
+        nearest = max(num_blocks, round(steps / num_blocks) * num_blocks)
+        # The server's number of steps may have been chosen for another canvas than the request's; if not, it is wrong.
+        is_other = defaults.diffusion_canvas_length is None or "diffusion_canvas_length" in raw
+        is_other |= "diffusion_block_length" in raw
+        if "diffusion_max_steps" in raw or not is_other:
+            raise ValueError(
+                f"diffusion_max_steps {steps} must be a multiple of the number of blocks, {num_blocks} "
+                f"(canvas {canvas} / block {block}); the nearest is {nearest}"
+            )
+        steps = nearest
+    return ResolvedParams(opts, canvas, block, steps, canvas if max_tokens is None else max_tokens)
+
+
+def _canvas_and_block(
+    opts: DenoiseParams, raw: Mapping[str, Any], max_tokens: int | None, limit: int, space: Space | None
+) -> tuple[int, int]:
+    """Length of the canvas and of its blocks. raw: what the request itself names; limit: the server's."""
+    canvas, block = opts.diffusion_canvas_length, opts.diffusion_block_length
     if canvas is None:
-        wanted = limit if max_tokens is None else max_tokens
-        canvas = round_up(wanted, block or 1)
-        if canvas > limit:
-            # max_tokens is an upper bound and the OpenAI layer fills in 'all that fits'; a canvas that nobody
-            # asked for by name is therefore cut to the largest one, and the reply ends with reason 'length'.
-            canvas = limit // (block or 1) * (block or 1)
-            if canvas == 0:
-                raise ValueError(
-                    f"diffusion_block_length {block} is larger than the server's max_canvas_length {limit}; "
-                    f"ask for at most {limit}"
-                )
+        canvas = round_up(limit if max_tokens is None else max_tokens, block or 1)
+        # max_tokens is an upper bound and the OpenAI layer fills in 'all that fits'; a canvas that nobody asked for
+        # by name is therefore cut to what there is room for, and the reply ends with reason 'length'.
+        most = limit
+        if space is not None:
+            suffix_len = space.suffix_len(opts.diffusion_suffix)
+            most -= suffix_len
+            if max_tokens is None or max_tokens <= space.room:  # else max_tokens itself is refused
+                most = min(most, space.room - suffix_len)
+        if block is not None and block > limit:
+            raise ValueError(
+                f"diffusion_block_length {block} is larger than the server's max_canvas_length {limit}; "
+                f"ask for at most {limit}"
+            )
+        if canvas > most >= (block or 1):  # where not even a block is left, ``check_lengths`` says what does not fit
+            canvas = most // (block or 1) * (block or 1)
     elif canvas > limit:
         raise ValueError(
             f"diffusion_canvas_length {canvas} is larger than the server's max_canvas_length {limit}; "
@@ -254,21 +301,14 @@ def resolve(
         )
     block = block or canvas
     if canvas % block:
-        raise ValueError(
-            f"diffusion_block_length {block} does not divide diffusion_canvas_length {canvas}; "
-            f"use a divisor, for example {_nearest_divisor(canvas, block)}"
-        )
-    num_blocks = canvas // block
-    steps = opts.diffusion_max_steps
-    if steps is None:
-        steps = canvas
-    if steps < num_blocks or steps % num_blocks:
-        nearest = max(num_blocks, round(steps / num_blocks) * num_blocks)
-        raise ValueError(
-            f"diffusion_max_steps {steps} must be a multiple of the number of blocks, {num_blocks} "
-            f"(canvas {canvas} / block {block}); the nearest is {nearest}"
-        )
-    return ResolvedParams(opts, canvas, block, steps, canvas if max_tokens is None else max_tokens)
+        nearest = _nearest_divisor(canvas, block)
+        if "diffusion_block_length" in raw or "diffusion_canvas_length" not in raw:
+            raise ValueError(
+                f"diffusion_block_length {block} does not divide diffusion_canvas_length {canvas}; "
+                f"use a divisor, for example {nearest}"
+            )
+        block = nearest  # the server's default, beside a canvas that the request names
+    return canvas, block
 
 
 def check_lengths(plan: Plan, max_model_len: int, settings: ServerSettings) -> str | None:
@@ -317,77 +357,31 @@ def _parse(raw: Mapping[str, Any], base: DenoiseParams | None = None) -> Denoise
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in known:
-            raise ValueError(_unknown(key, known, "option"))
+            raise ValueError(unknown(key, known, "option"))
         values[key] = _CHECKS[key](key, value)
     return replace(base or DenoiseParams(), **values)
-
-
-def _unknown(key: str, known: set[str], kind: str) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"{key} is not a known {kind}; did you mean {near[0]}? Known: {', '.join(sorted(known))}"
-
-
-def _integer(key: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    allowed = f"an integer ≥ {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    is_integral = isinstance(value, float) and value.is_integer()
-    if not (is_int or is_integral):
-        raise ValueError(f"{key} must be {allowed}, not {value!r}")
-    value = int(value)
-    if value < minimum or (maximum is not None and value > maximum):
-        raise ValueError(f"{key} must be {allowed}, not {value}")
-    return value
-
-
-def _number(key: str, value: Any, allowed: str, ok: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not ok(value):
-        raise ValueError(f"{key} must be {allowed}, not {value!r}")
-    return float(value)
-
-
-def _choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)
-        raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {value!r}; did you mean {near[0]!r}?")
-    return value
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{key} must be text, not {value!r}")
-    return value
-
-
-def _switch(key: str, value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):
-        return int(value)
-    raise ValueError(f"{key} must be 0 or 1, not {value!r}")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
-def _optional(check: Any) -> Any:
-    return lambda key, value: None if value is None else check(key, value)
-
-
 _CHECKS: dict[str, Any] = {
-    "diffusion_canvas_length": _optional(lambda k, v: _integer(k, v, 1)),
-    "diffusion_block_length": _optional(lambda k, v: _integer(k, v, 1)),
-    "diffusion_max_steps": _optional(lambda k, v: _integer(k, v, 1)),
-    "diffusion_remasking": lambda k, v: _choice(k, v, REMASKING),
-    "diffusion_threshold": _optional(lambda k, v: _number(k, v, "a number > 0", lambda x: x > 0)),
-    "diffusion_schedule": lambda k, v: _choice(k, v, SCHEDULES),
-    "diffusion_schedule_shift": _optional(lambda k, v: _number(k, v, "a number > 0", lambda x: x > 0)),
-    "diffusion_refresh_interval": lambda k, v: _integer(k, v, 1),
-    "diffusion_cfg_scale": lambda k, v: _number(k, v, "a number ≥ 0", lambda x: x >= 0),
-    "diffusion_suffix": _text,
-    "diffusion_stream": lambda k, v: _choice(k, v, STREAMS),
-    "prune_method": lambda k, v: _choice(k, v, known_methods()),
-    "prune_keep_ratio": lambda k, v: _number(k, v, "a number in (0, 1]", lambda x: 0 < x <= 1),
-    "prune_layer": _optional(lambda k, v: _integer(k, v, 1)),
-    "prune_rows": _optional(lambda k, v: _choice(k, v, ROWS)),
-    "prune_positions": lambda k, v: _choice(k, v, POSITIONS),
-    "diffusion_trace": _switch,
+    "diffusion_canvas_length": optional(lambda k, v: integer(k, v, 1)),
+    "diffusion_block_length": optional(lambda k, v: integer(k, v, 1)),
+    "diffusion_max_steps": optional(lambda k, v: integer(k, v, 1)),
+    "diffusion_remasking": lambda k, v: choice(k, v, REMASKING),
+    "diffusion_threshold": optional(lambda k, v: number(k, v, "a number > 0", lambda x: x > 0)),
+    "diffusion_schedule": lambda k, v: choice(k, v, SCHEDULES),
+    "diffusion_schedule_shift": optional(lambda k, v: number(k, v, "a number > 0", lambda x: x > 0)),
+    "diffusion_refresh_interval": lambda k, v: integer(k, v, 1),
+    "diffusion_cfg_scale": lambda k, v: number(k, v, "a number ≥ 0", lambda x: x >= 0),
+    "diffusion_suffix": text,
+    "diffusion_stream": lambda k, v: choice(k, v, STREAMS),
+    "prune_method": lambda k, v: choice(k, v, known_methods()),
+    "prune_keep_ratio": lambda k, v: number(k, v, "a number in (0, 1]", lambda x: 0 < x <= 1),
+    "prune_layer": optional(lambda k, v: integer(k, v, 1)),
+    "prune_rows": optional(lambda k, v: choice(k, v, ROWS)),
+    "prune_positions": lambda k, v: choice(k, v, POSITIONS),
+    "diffusion_trace": switch,
 }

@@ -17,7 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_dvlm.kv.groups import set_removed
 from vllm_dvlm.kv.release import release_tail
-from vllm_dvlm.params import RESUME_KEY, ServerSettings, check_lengths, resolve
+from vllm_dvlm.params import RESUME_KEY, ServerSettings, Space, check_lengths, resolve
 from vllm_dvlm.terms import Plan, Position, advance, next_query_start, step_flops
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class DiffusionRequest(Request):
     position: Position
     needs_encoder: bool
     report: dict[str, int]
+    suffix_ids: list[int]
+    stop_ids: set[int | None]
 
     def start(self, plan: Plan, pruned_plan: Plan | None = None, prune_layers: int | None = None) -> None:
         """Attach the course of the request, before and after pruning; called once, before the request is queued.
@@ -70,6 +72,26 @@ class DiffusionRequest(Request):
         self.report = dict.fromkeys(("denoise_steps", "forward_tokens_full", "forward_tokens_cached", "flops"), 0)
         self.position = Position()
         self.needs_encoder = True
+        self.suffix_ids = []
+        self.stop_ids = set()
+
+    def suffix_of(self, new_token_ids: list[int]) -> tuple[int, int]:
+        """Where the suffix lies in a step's tokens, [first, end); (0, 0) if the step does not end the canvas.
+
+        The worker hands it out last, behind it only the stop token (``denoise.step``). Before the end no token is a
+        stop token, and a canvas without one ends at its full length.
+        """
+        size, num = len(self.suffix_ids), len(new_token_ids)
+        left = self.plan.canvas_len - self.position.num_emitted
+        # In this order: a suffix that itself ends with a stop token also looks like the second case.
+        is_whole = num == left + size and (left == 0 or new_token_ids[left - 1] not in self.stop_ids)
+        if size and is_whole and new_token_ids[left:] == self.suffix_ids:
+            return left, num
+        if size and num > size and new_token_ids[-1] in self.stop_ids:
+            first = num - 1 - size
+            if new_token_ids[first:-1] == self.suffix_ids:
+                return first, num - 1
+        return 0, 0
 
     @property
     def num_tokens(self) -> int:
@@ -121,8 +143,10 @@ class DiffusionScheduler(Scheduler):
         params = request.sampling_params
         if params is None or request.prompt_token_ids is None:
             raise ValueError("only text generation from token or text prompts is supported")
-        resolved = resolve(params.extra_args, params.max_tokens, self.settings)
-        suffix_len = self._suffix_len(resolved.options.diffusion_suffix)
+        space = Space(self.max_model_len - request.num_prompt_tokens, lambda text: len(self._suffix_ids(text)))
+        resolved = resolve(params.extra_args, params.max_tokens, self.settings, space)
+        suffix_ids = self._suffix_ids(resolved.options.diffusion_suffix)
+        suffix_len = len(suffix_ids)
         plan = resolved.plan(request.num_prompt_tokens, suffix_len)
         problem = check_lengths(plan, self.max_model_len, self.settings)
         if problem is not None:
@@ -136,17 +160,19 @@ class DiffusionScheduler(Scheduler):
             set_removed(self.kv_cache_manager, request.request_id, removed)
         request.report["visual_tokens_before"] = request.report["visual_tokens_after"] = num_visual
         request.max_tokens = resolved.max_new_tokens(suffix_len)
+        request.suffix_ids = suffix_ids if resolved.emits_suffix else []
         if not params.ignore_eos:
             # vLLM knows one end token per tokenizer, <|endoftext|>, which diffusion decoding never produces.
             params._eos_token_id = self.hf_config.end_of_turn_token_id
+        request.stop_ids = {params.eos_token_id, *(params.stop_token_ids or ())}
         self.counters["canvas_positions"] += plan.canvas_len
         self.counters["visual_tokens"] += num_visual
 
-    def _suffix_len(self, text: str) -> int:
+    def _suffix_ids(self, text: str) -> list[int]:
         if not text:
-            return 0
+            return []
         tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
-        return len(tokenizer.encode(text, add_special_tokens=False))
+        return tokenizer.encode(text, add_special_tokens=False)
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -272,9 +298,25 @@ class DiffusionScheduler(Scheduler):
         super()._free_request(request, *args, **kwargs)
         return {"dvlm": request.report}, None
 
-    def _update_request_with_output(self, *args: Any, **kwargs: Any) -> tuple[list[int], bool]:
-        """vLLM's stop check. Counted here, since a step's statistics are made before ``update_from_output`` ends."""
-        new_token_ids, stopped = super()._update_request_with_output(*args, **kwargs)
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        """vLLM's stop check, which the suffix passes unchecked: stop tokens count in the canvas alone (point 30).
+
+        Counted here, since a step's statistics are made before ``update_from_output`` ends.
+        """
+        check = super()._update_request_with_output
+        first, end = request.suffix_of(new_token_ids)
+        if first == end:
+            new_token_ids, stopped = check(request, new_token_ids, *args, **kwargs)
+        else:
+            # The canvas before the suffix holds no stop token and is within max_tokens.
+            request.append_output_token_ids(new_token_ids[:end])
+            stopped = True
+            if end == len(new_token_ids):
+                request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+            else:
+                check(request, new_token_ids[end:], *args, **kwargs)
         self.counters["committed_tokens"] += len(new_token_ids)
         return new_token_ids, stopped
 

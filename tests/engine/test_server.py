@@ -255,6 +255,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 LONG = [300] * (MAX_MODEL_LEN - 6)
 REFUSED = {
     "unknown option": (chat_of(TEXT, xargs={"diffusion_block_lenght": 8}), "did you mean diffusion_block_length"),
+    "option without bound": (chat_of(TEXT, xargs={"diffusion_refresh_interval": 1e19}), "and at most"),
     "option type": (chat_of(TEXT, xargs={"diffusion_suffix": 5}), "diffusion_suffix must be text"),
     "nested option": (chat_of(TEXT, xargs={"diffusion_suffix": {"a": 1}}), "diffusion_suffix"),
     "option value": (chat_of(TEXT, xargs={"diffusion_remasking": "best"}), "diffusion_remasking.*low_confidence"),
@@ -295,6 +296,30 @@ def test_bad_request_is_400_and_the_next_is_answered(server, name):
     error = server.send(body, status=400)["error"]
     assert re.search(message, error["message"], re.DOTALL), error["message"]
     assert text_of(server.send(completion_of(TEXT))) == expected(TEXT)
+
+
+def test_bad_requests_beside_a_running_one(server):
+    """A reply of 64 whole forward passes is streamed while every bad request is refused; it does not notice."""
+    lengths = {"diffusion_canvas_length": 64, "diffusion_block_length": 8, "diffusion_max_steps": 64}
+    body = chat_of(IMAGE, xargs=lengths, max_tokens=64, temperature=0)
+    undisturbed = text_of(server.send(body))
+    with server.openai.chat.completions.create(**openai_args(body | {"stream": True})) as chunks:
+        deltas = [next(chunks).choices[0].delta.content]
+        for body, _ in REFUSED.values():
+            server.send(body, status=400)
+        deltas += [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    assert "".join(delta or "" for delta in deltas) == undisturbed
+
+
+def test_open_max_tokens_with_a_suffix(server):
+    """vLLM fills in all that the model has room for; canvas and suffix take what the server allows."""
+    body = chat_of(TEXT, xargs={"diffusion_suffix": " The end.", "diffusion_refresh_interval": 64})
+    for name in ("max_tokens", "max_completion_tokens"):
+        body.pop(name, None)
+    for name in ("diffusion_canvas_length", "diffusion_block_length", "diffusion_max_steps"):
+        body["vllm_xargs"].pop(name, None)
+    reply = server.send(body)
+    assert reply["usage"]["completion_tokens"] == MAX_CANVAS and text_of(reply).endswith(" The end.")
 
 
 def test_same_image_right_after_refusals(server):

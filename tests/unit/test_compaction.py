@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_dvlm.kv.compaction import KeyRotation, compact_rows, read_rows_reference
-from vllm_dvlm.kv.layout import plain_layout, probe_cpu_layout
+from vllm_dvlm.kv.layout import probe_cpu_layout
 from vllm_dvlm.kv.release import release_tail
 
 # Layouts that vLLM's CPU kernels may know; which of them work here is asked of the operator.
@@ -179,24 +179,40 @@ def test_keeping_everything_changes_nothing():
     assert torch.equal(cache, before)
 
 
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("order", ["NHD", "HND"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_plain_layout(dtype):
-    """Pages of the GPU backends, written here by indexing: key, then value, in the last dimension."""
+def test_rows_of_the_gpu_backends(dtype, order, turns):
+    """Written here by indexing: key, then value, in the last dimension. NHD is vLLM's default memory order on GPUs."""
     request = random_request(1, dtype, 16, 40)
-    shape = (NUM_BLOCKS, 16, NUM_HEADS, 80)
     kept, num_kept = request.kept, len(request.kept)
+    table = torch.randn(request.num_rows, 32, generator=torch.Generator().manual_seed(0))
+    rotation = KeyRotation.between(table[kept], table[:num_kept]) if turns else None
 
     def fill(rows, keys, values, cache):
         slots = slots_of(request, rows)
         cache[slots // 16, slots % 16] = torch.cat([keys, values], dim=-1)
 
-    cache = torch.cat([request.rest, request.rest.flip(0)], dim=-1).view(shape).clone()
+    cache = torch.cat([request.rest, request.rest.flip(0)], dim=-1).view(NUM_BLOCKS, 16, NUM_HEADS, 80)
     fill(torch.arange(request.num_rows), request.keys, request.values, cache)
     expected = cache.clone()
-    fill(torch.arange(num_kept), request.keys[kept], request.values[kept], expected)
-    pages = cache.transpose(1, 2).contiguous()  # [blocks, heads, block, 2 * head size]
-    compact_rows(pages, plain_layout(16, 40, pages.device), request.block_ids, kept, None)
+    expected_keys = rotation.apply(request.keys[kept]) if turns else request.keys[kept]
+    fill(torch.arange(num_kept), expected_keys, request.values[kept], expected)
+    pages = cache.transpose(1, 2)  # [blocks, heads, block, 2 * head size]
+    if order == "HND":
+        pages = pages.contiguous()
+    compact_rows(pages, None, request.block_ids, kept, rotation)
     assert torch.equal(pages, expected.transpose(1, 2))
+    keys, values = read_rows_reference(pages, None, request.block_ids, num_kept)
+    assert torch.equal(keys, expected_keys) and torch.equal(values, request.values[kept])
+
+
+def test_packed_pages_must_lie_together():
+    """Rows written to a copy of the cache would be lost without a word."""
+    request = random_request(1, torch.float32, 32, 32)
+    pages = torch.zeros(NUM_BLOCKS, 32, NUM_HEADS, 64).transpose(1, 2)
+    with pytest.raises(RuntimeError, match="view"):
+        compact_rows(pages, probe_cpu_layout(32, 32, "vec", torch.float32), request.block_ids, request.kept, None)
 
 
 def test_layout_that_is_no_permutation(monkeypatch):

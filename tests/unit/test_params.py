@@ -10,6 +10,7 @@ from vllm_dvlm.params import (
     REMASKING,
     DenoiseParams,
     ServerSettings,
+    Space,
     check_lengths,
     resolve,
 )
@@ -76,13 +77,61 @@ def test_whatever_is_accepted_is_whole(max_tokens, canvas, block, steps, thresho
     assert resolved.canvas_len % resolved.block_len == 0 and resolved.max_steps % resolved.num_blocks == 0
     plan = resolved.plan(10, 0)
     assert (plan.steps_per_block is None) == (threshold is not None)
-    assert plan.steps_per_block is None or plan.steps_per_block * resolved.num_blocks == resolved.max_steps
+    if threshold is None:
+        assert plan.steps_per_block == min(resolved.max_steps // resolved.num_blocks, resolved.block_len)
     assert 1 <= resolved.max_new_tokens(0) <= max(max_tokens, resolved.canvas_len)
 
 
 @pytest.mark.parametrize(("max_tokens", "allowed"), [(5, 5), (15, 15), (16, 19), (100, 19), (None, 19)])
 def test_suffix_does_not_count_against_max_tokens(max_tokens, allowed):
     assert resolve({"diffusion_canvas_length": 16}, max_tokens, SERVER).max_new_tokens(suffix_len=3) == allowed
+
+
+@pytest.mark.parametrize(
+    ("options", "max_tokens", "space", "canvas"),
+    [
+        ({}, 50, Space(50, len), 50),
+        ({}, None, Space(50, len), 50),
+        ({"diffusion_suffix": "abc"}, 50, Space(50, len), 47),
+        ({"diffusion_suffix": "abc"}, None, Space(500, len), 61),  # the server's limit holds for both
+        ({"diffusion_suffix": "abc"}, 20, Space(50, len), 20),
+        ({"diffusion_block_length": 8}, 50, Space(50, len), 48),
+        ({"diffusion_block_length": 8}, 45, Space(46, len), 40),  # 48 would not fit
+        ({"diffusion_block_length": 8, "diffusion_suffix": "abc"}, 50, Space(50, len), 40),
+        ({}, 51, Space(50, len), 51),  # max_tokens itself does not fit; ``check_lengths`` says so
+        ({"diffusion_canvas_length": 60}, None, Space(50, len), 60),  # asked for by name; the same
+        ({"diffusion_suffix": "a" * 64}, 16, Space(500, len), 16),  # no room for any canvas; the same
+    ],
+)
+def test_a_canvas_that_nobody_named_fits(options, max_tokens, space, canvas):
+    resolved = resolve(options, max_tokens, SERVER, space)
+    assert resolved.canvas_len == canvas
+    plan = resolved.plan(100, len(resolved.options.diffusion_suffix))
+    asked_too_much = canvas > 50 > 0 and space.room == 50 or "a" * 64 in options.values()
+    assert (check_lengths(plan, 100 + space.room, SERVER) is None) == (not asked_too_much)
+
+
+def test_none_as_a_word():
+    """Over HTTP null does not arrive; a server's default must be possible to undo."""
+    settings = replace(SERVER, defaults=DenoiseParams(diffusion_threshold=1.0, diffusion_block_length=8))
+    words = {"diffusion_threshold": "none", "diffusion_block_length": "none", "diffusion_max_steps": "none"}
+    resolved = resolve(words, 16, settings)
+    assert resolved.options.diffusion_threshold is None and resolved.block_len == resolved.max_steps == 16
+
+
+def test_server_defaults_follow_the_request():
+    """A default was chosen for other canvases; only what the request names itself can be wrong."""
+    settings = replace(SERVER, defaults=DenoiseParams(diffusion_block_length=16, diffusion_max_steps=32))
+    found = resolve({}, 40, settings)
+    assert (found.canvas_len, found.block_len, found.max_steps) == (48, 16, 33)
+    found = resolve({"diffusion_canvas_length": 20}, None, settings)
+    assert (found.canvas_len, found.block_len, found.max_steps) == (20, 20, 32)
+    refused("diffusion_block_length 3 does not divide", {"diffusion_block_length": 3, "diffusion_canvas_length": 20})
+    refused("diffusion_max_steps 32 must be", {"diffusion_max_steps": 32}, max_tokens=40, settings=settings)
+    both = replace(SERVER, defaults=DenoiseParams(diffusion_canvas_length=48, diffusion_max_steps=32))
+    wrong = replace(both, defaults=replace(both.defaults, diffusion_block_length=16))
+    assert resolve({}, 16, both).max_steps == 32
+    refused("diffusion_max_steps 32 must be a multiple", {}, settings=wrong)
 
 
 def test_every_option_is_documented_and_parsed():
@@ -123,6 +172,10 @@ def test_unknown_options_name_the_nearest(misspelt, meant):
         ("diffusion_block_length", True, "an integer ≥ 1, not True"),
         ("diffusion_max_steps", -4, "an integer ≥ 1, not -4"),
         ("diffusion_refresh_interval", None, "an integer ≥ 1, not None"),
+        ("diffusion_refresh_interval", 1e19, "an integer ≥ 1 and at most"),
+        ("diffusion_max_steps", 10**30, "an integer ≥ 1 and at most"),
+        ("prune_keep_ratio", 10**400, r"a number in \(0, 1\]"),
+        ("diffusion_threshold", float("inf"), "a number > 0, not inf"),
         ("diffusion_threshold", 0, "a number > 0, not 0"),
         ("diffusion_threshold", float("nan"), "a number > 0, not nan"),
         ("diffusion_threshold", "high", "a number > 0, not 'high'"),

@@ -17,8 +17,9 @@ from vllm_dvlm.denoise.remask import num_by_schedule, num_by_threshold, rank_pos
 class Canvases:
     """State of the requests of one batch; ``take_step`` returns the next.
 
-    Rows of ``tokens`` are [canvas | suffix | unused]. ``stop`` is the canvas position of the leftmost stop token, -1
-    without one. ``num_masked_at_start`` is the number of masked positions of the current block when it began.
+    Rows of ``tokens`` are [canvas | suffix | unused]. ``suffix_len`` counts the suffix tokens to be handed out: 0 also
+    where the reply ends inside the canvas. ``stop`` is the canvas position of the leftmost stop token, -1 without one.
+    ``num_masked_at_start`` is the number of masked positions of the current block when it began.
     """
 
     tokens: torch.Tensor  # [R, C]

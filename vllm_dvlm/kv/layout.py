@@ -1,8 +1,9 @@
-"""Where a token's key and value lie inside a KV page.
+"""Where a token's key and value lie inside a packed KV page.
 
-GPU backends keep a page as [heads, block, 2 * head size], key then value in the last dimension. The CPU backend packs
-pages by instruction set (float32: keys transposed, bfloat16 with AMX: in tiles), so there the layout is not assumed
-but probed: numbered rows are written through vLLM's own operator into one page and read back.
+GPU backends keep caches as [blocks, heads, block, 2 * head size] in one memory order or another, key then value in the
+last dimension: they are indexed as they are and need no layout. The CPU backend packs pages by instruction set
+(float32: keys transposed, bfloat16 with AMX: in tiles), so there the layout is not assumed but probed: numbered rows
+are written through vLLM's own operator into one page and read back.
 
 B = block size, H = KV heads, D = head size.
 """
@@ -40,13 +41,6 @@ class PageLayout:
                 return None
             found.append((first, row, channel))
         return found[0], found[1]
-
-
-def plain_layout(block_size: int, head_size: int, device: torch.device) -> PageLayout:
-    """[block, 2 * head size], key then value: the layout of the GPU backends."""
-    base = torch.arange(block_size, device=device)[:, None] * 2 * head_size
-    channel = torch.arange(head_size, device=device)
-    return PageLayout(base + channel, base + head_size + channel)
 
 
 @lru_cache(maxsize=8)

@@ -43,7 +43,6 @@ def register_renderer() -> None:
         RENDERER_REGISTRY.register(TOKENIZER_MODE, __name__, LLaDAVRenderer.__name__)
     if TOKENIZER_MODE not in TokenizerRegistry.tokenizers:
         TokenizerRegistry.register(TOKENIZER_MODE, *TokenizerRegistry.tokenizers["hf"])
-    os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(_MAX_IMAGE_PIXELS))
 
 
 def configure_model(model_config: "ModelConfig") -> None:
@@ -59,6 +58,7 @@ def configure_model(model_config: "ModelConfig") -> None:
     if model_config.tokenizer_mode not in ("auto", "hf", TOKENIZER_MODE):
         raise ValueError(f"--tokenizer-mode {model_config.tokenizer_mode} is not supported: leave it out.")
     model_config.tokenizer_mode = TOKENIZER_MODE
+    os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(_MAX_IMAGE_PIXELS))
     mm_config = model_config.multimodal_config
     if mm_config is not None:
         mm_config.media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)

@@ -20,13 +20,13 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_dvlm.params import RESUME_KEY, ServerSettings, resolve
+from vllm_dvlm.params import RESUME_KEY, ServerSettings, Space, resolve
 from vllm_dvlm.terms import VisualSpan, is_refresh, next_query_start
 from vllm_dvlm.worker.image_maps import describe_images
 from vllm_dvlm.worker.pruning import Segment, StepPruner
 from vllm_dvlm.worker.sampler import DiffusionSampler
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
-from vllm_dvlm.worker.trace import TraceRecorder
+from vllm_dvlm.worker.trace import TraceRecorder, check_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,8 +44,8 @@ logger = init_logger(__name__)
 
 # vLLM's GPU warm-up sends scheduler-like steps for requests of this name; their lengths follow no plan of ours.
 WARMUP_PREFIX = "_warmup_"
-# A stashed request is a few kB. One that was preempted waits at the head of the queue, so a thousand aborts would
-# have to pass it before it is forgotten.
+# A stashed request is a few kB, a few dozen if it is pruned or wants logprobs. One that was preempted waits at the head
+# of the queue, so a thousand aborts would have to pass it before it is forgotten.
 MAX_STASHED = 1024
 
 
@@ -101,6 +101,8 @@ class DiffusionModelState(ModelState):
         self.pruner = StepPruner(self)
         model.model.set_observer(self.pruner)
         self.writes_traces = get_tensor_model_parallel_rank() == 0
+        if self.writes_traces and self.settings.trace_dir is not None:
+            check_folder(self.settings.trace_dir)
         # Canvases of requests that were removed before their end, for those that were preempted and come back. The
         # hook does not say which were aborted instead.
         self._stash: OrderedDict[str, tuple[np.ndarray, RequestSlot]] = OrderedDict()
@@ -122,21 +124,24 @@ class DiffusionModelState(ModelState):
         stashed = self._stash.pop(req_id, None)
         if stashed is not None and (sampling_params.extra_args or {}).get(RESUME_KEY):
             row, slot = stashed
+            slot.prompt_token_ids = new_req_data.prompt_token_ids
             self.canvases.restore(req_index, row, slot.params.options.diffusion_threshold)
         else:
             slot = self._new_slot(new_req_data)
             suffix = self.suffix_ids(slot.params.options.diffusion_suffix)
             threshold = slot.params.options.diffusion_threshold
-            self.canvases.add(req_index, slot.plan, self.token_ids.mask_token_id, suffix, threshold)
+            emitted = len(suffix) if slot.params.emits_suffix else 0
+            self.canvases.add(req_index, slot.plan, self.token_ids.mask_token_id, suffix, emitted, threshold)
         self.slots[req_index] = slot
         self.req_idx_of[req_id] = req_index
 
     def _new_slot(self, new_req_data: NewRequestData) -> RequestSlot:
         sampling_params = new_req_data.sampling_params
-        params = resolve(sampling_params.extra_args, sampling_params.max_tokens, self.settings)
+        space = Space(self.max_model_len - new_req_data.prompt_len, lambda text: len(self.suffix_ids(text)))
+        params = resolve(sampling_params.extra_args, sampling_params.max_tokens, self.settings, space)
         plan = params.plan(new_req_data.prompt_len, len(self.suffix_ids(params.options.diffusion_suffix)))
         stop_ids = set(sampling_params.stop_token_ids or ())
-        if not sampling_params.ignore_eos:
+        if not sampling_params.ignore_eos and self.token_ids.end_of_turn_token_id is not None:
             stop_ids.add(self.token_ids.end_of_turn_token_id)
         spans = [
             VisualSpan(f.mm_position.offset, f.mm_position.offset + f.mm_position.length)
@@ -183,6 +188,8 @@ class DiffusionModelState(ModelState):
         emitted, stop = int(row[COLUMN["num_emitted"]]), int(row[COLUMN["stop"]])
         end = min(stop if stop >= 0 else slot.plan.canvas_len, slot.params.max_new_tokens(slot.plan.suffix_len))
         if emitted < end:
+            slot.prompt_token_ids = []  # comes again with the request
+            slot.logprobs = {p: tuple(x.cpu() for x in entry) for p, entry in slot.logprobs.items()}
             self._stash[req_id] = (row, slot)
             if len(self._stash) > MAX_STASHED:
                 self._stash.popitem(last=False)

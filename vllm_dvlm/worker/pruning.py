@@ -21,7 +21,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.forward_context import get_forward_context
 
 from vllm_dvlm.kv.compaction import KeyRotation, compact_rows
-from vllm_dvlm.kv.layout import PageLayout, plain_layout, probe_cpu_layout
+from vllm_dvlm.kv.layout import PageLayout, probe_cpu_layout
 from vllm_dvlm.models.probe import attention_to_columns
 from vllm_dvlm.pruning import Pruner, StepView, create
 from vllm_dvlm.pruning.select import kept_prompt_rows, select
@@ -94,7 +94,6 @@ class StepPruner:
         self.segments: dict[int, Segment] = {}
         self._rows: torch.Tensor | None = None
         self._num_rows = 0
-        self._layouts: dict[str, PageLayout] = {}
         self.keeps_kv = True
         self.final_rows: torch.Tensor | None = None
 
@@ -329,14 +328,10 @@ class StepPruner:
             block_ids = tables[self.state.group_of[attention.attn.layer_name]].gpu[job.req_idx]
             compact_rows(attention.attn.kv_cache, self._layout(attention), block_ids, rows, rotation)
 
-    def _layout(self, attention: LLaDAAttention) -> PageLayout:
-        layer = attention.attn
-        cache = layer.kv_cache
-        key = layer.layer_name
-        if key not in self._layouts:
-            block_size, head_size = cache.shape[2], attention.padded_dim
-            if cache.is_cpu:
-                self._layouts[key] = probe_cpu_layout(block_size, head_size, layer.isa, cache.dtype)
-            else:
-                self._layouts[key] = plain_layout(block_size, head_size, cache.device)
-        return self._layouts[key]
+    @staticmethod
+    def _layout(attention: LLaDAAttention) -> PageLayout | None:
+        """How the layer's KV pages are packed; None on a GPU, where they are not."""
+        cache = attention.attn.kv_cache
+        if not cache.is_cpu:
+            return None
+        return probe_cpu_layout(cache.shape[2], attention.padded_dim, attention.attn.isa, cache.dtype)

@@ -169,7 +169,10 @@ class DiffusionSampler:
         return out
 
     def _runs(self, step: StepBatch) -> list[tuple[int, int]]:
-        """Cut the rows into chunks that fit the memory bound; requests with settings of their own stand alone."""
+        """Cut the rows into chunks that fit the memory bound; requests with settings of their own stand alone.
+
+        Noise and other confidences take float64 copies of a chunk; where chunks are large, theirs are smaller.
+        """
         runs: list[tuple[int, int]] = []
         start, requests = 0, step.row_request
         plain = np.array([_is_plain(s) for s in step.slots])
@@ -177,7 +180,10 @@ class DiffusionSampler:
         kind = np.where(plain[requests], -1, requests) if len(requests) else requests
         cuts = [*(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(requests)]
         for cut in cuts:
-            runs += [(i, min(i + self.rows_per_chunk, cut)) for i in range(start, cut, self.rows_per_chunk)]
+            size = self.rows_per_chunk
+            if start < cut and kind[start] >= 0 and size > 128:
+                size //= 4
+            runs += [(i, min(i + size, cut)) for i in range(start, cut, size)]
             start = cut
         return runs
 
@@ -229,19 +235,23 @@ class DiffusionSampler:
     def _stash_logprobs(
         self, step: StepBatch, out: _Proposals, logits: torch.Tensor, chosen: torch.Tensor, first: int, end: int
     ) -> None:
-        for i in range(first, end):
-            request = int(step.row_request[i])
-            num = step.slots[request].sampling_params.logprobs
-            if num is None:
-                continue
-            row = torch.log_softmax(logits[i - first].double(), dim=-1)
-            token = chosen[i - first]
-            best = row.topk(num)
-            out.logprobs[request, int(step.row_position[i])] = (
-                torch.cat([token[None], best.indices]),
-                torch.cat([row[token][None], best.values]).float(),
-                (row > row[token]).sum() + 1,
-            )
+        """Log-probabilities of a chunk's rows whose requests want them, all at once."""
+        wanted = [step.slots[request].sampling_params.logprobs for request in step.row_request[first:end]]
+        rows = [i for i, num in enumerate(wanted) if num is not None]
+        if not rows:
+            return
+        index = torch.tensor(rows).to(chosen.device, non_blocking=True)
+        log_p = torch.log_softmax(logits[index].double(), dim=-1)
+        tokens = chosen[index][:, None]
+        own = log_p.gather(1, tokens)
+        best = log_p.topk(max(wanted[i] for i in rows), dim=-1)
+        ids = torch.cat([tokens, best.indices], dim=1)
+        values = torch.cat([own, best.values], dim=1).float()
+        ranks = (log_p > own).sum(dim=1) + 1
+        for j, i in enumerate(rows):
+            width = 1 + wanted[i]
+            place = int(step.row_request[first + i]), int(step.row_position[first + i])
+            out.logprobs[place] = ids[j, :width], values[j, :width], ranks[j]
 
     def _collect_logprobs(self, step: StepBatch, proposals: _Proposals, out: StepOutput) -> LogprobsTensors | None:
         """Log-probabilities of the emitted tokens, as of the step in which each was unmasked.
@@ -263,11 +273,12 @@ class DiffusionSampler:
         for request, slot in enumerate(step.slots):
             cu.append(cu[-1] + num_new[request])
             upto = int(last[0][request])
-            tail = num_new[request] - (slot.plan.suffix_len + (last[1][request] >= 0) if out.finished[request] else 0)
+            suffix_len = slot.plan.suffix_len if slot.params.emits_suffix else 0
+            tail = num_new[request] - (suffix_len + (last[1][request] >= 0) if out.finished[request] else 0)
             for j in range(num_new[request]):
                 position = upto - tail + j
                 if j >= tail:  # suffix, then the stop token
-                    position = last[1][request] if j - tail == slot.plan.suffix_len else -1
+                    position = last[1][request] if j - tail == suffix_len else -1
                 entry = slot.logprobs.get(position)
                 id_row = torch.full((width,), int(emitted[request, j]), dtype=torch.int64)
                 value_row = torch.zeros(width)

@@ -1,8 +1,8 @@
 """Per-request worker state: pre-allocated tensors, add and remove only.
 
-The integers of all requests live in one tensor, so that one copy mirrors them to the host. The mirror is complete
-before the next step begins, because the engine has by then waited for the step's output; reading it costs no
-synchronisation.
+The integers of all requests live in one tensor, so that one copy mirrors them to the host. Where the engine has
+waited for the step's output, the copy is complete before the next step begins and reading the mirror costs nothing.
+Ranks whose output nobody reads (tensor parallelism) wait for the copy itself.
 
 S = request slots, C = widest canvas (suffix included).
 """
@@ -84,14 +84,30 @@ class CanvasStates:
         self.threshold = torch.full((max_num_reqs,), float("nan"), dtype=torch.float64, device=device)
         on_host = device.type == "cpu"
         self.mirror = self.rows if on_host else torch.zeros(shape, dtype=torch.int64, pin_memory=True)
-        self.mirror_np: np.ndarray = self.mirror.numpy()
+        self._mirror_np: np.ndarray = self.mirror.numpy()
+        self._copied = None if on_host else torch.cuda.Event()
 
-    def add(self, req_idx: int, plan: Plan, mask_token_id: int, suffix: list[int], threshold: float | None) -> None:
-        """Reset a slot to a fully masked canvas."""
+    @property
+    def mirror_np(self) -> np.ndarray:
+        """[S, NUM_FIELDS + C] int64 on the host, as of the last step."""
+        if self._copied is not None:
+            self._copied.synchronize()  # returns at once if it was never recorded
+        return self._mirror_np
+
+    def add(
+        self,
+        req_idx: int,
+        plan: Plan,
+        mask_token_id: int,
+        suffix: list[int],
+        num_emitted_suffix: int,
+        threshold: float | None,
+    ) -> None:
+        """Reset a slot to a fully masked canvas. num_emitted_suffix: tokens of the suffix handed out at the end."""
         row = np.zeros(NUM_FIELDS + self.max_canvas_len, dtype=np.int64)
         for name, value in (
             ("canvas_len", plan.canvas_len),
-            ("suffix_len", plan.suffix_len),
+            ("suffix_len", num_emitted_suffix),
             ("prompt_len", plan.prompt_len),
             ("block_len", plan.block_len),
             ("steps_per_block", plan.steps_per_block or 0),
@@ -138,3 +154,4 @@ class CanvasStates:
         self.rows[idx, : new.shape[1]] = new
         if self.mirror is not self.rows:
             self.mirror.copy_(self.rows, non_blocking=True)
+            self._copied.record()

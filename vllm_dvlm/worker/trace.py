@@ -6,15 +6,18 @@ golden cases.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm import envs
+from vllm.logger import init_logger
 
 from vllm_dvlm.terms import Plan, Position, step_flops
 
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
     from vllm_dvlm.worker.pruning import PruneJob
     from vllm_dvlm.worker.states import RequestSlot
 
+logger = init_logger(__name__)
+
+# File systems take 255 bytes, some of which a temporary file's name needs.
+_LONGEST_NAME = 200
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 
@@ -32,13 +39,31 @@ def client_request_id(req_id: str) -> str:
     return _RANDOM_SUFFIX.sub("", req_id)
 
 
+def file_name(request_id: str) -> str:
+    """A name for the request's files: nothing of it names a folder, and it is short enough for any file system."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", request_id).lstrip(".") or "request"
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256(request_id.encode()).hexdigest()[:16]
+        name = f"{name[: _LONGEST_NAME - 17]}-{digest}"
+    return name
+
+
+def check_folder(trace_dir: str) -> None:
+    """Make the folder; ValueError with the remedy if traces cannot be written there."""
+    try:
+        Path(trace_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=trace_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"trace_dir {trace_dir!r} cannot be written to ({error}); name another folder") from error
+
+
 class TraceRecorder:
     """Collects the steps of one request and writes the file when it ends."""
 
     def __init__(self, trace_dir: str, slot: RequestSlot, hf_config: Any) -> None:
         # Clients choose part of the id (X-Request-Id): nothing of it may name a folder.
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", client_request_id(slot.req_id)).lstrip(".") or "request"
-        self.path = Path(trace_dir) / f"{name}.json"
+        self.path = Path(trace_dir) / f"{file_name(client_request_id(slot.req_id))}.json"
         self.plan = slot.plan
         self.hf_config = hf_config
         self.position = Position()
@@ -118,7 +143,16 @@ class TraceRecorder:
         self.plan = job.slot.plan
 
     def write(self, tokens: np.ndarray, stop: int) -> None:
-        """Write the file in one piece. tokens: [canvas | suffix | unused] int64; stop: canvas position or -1."""
+        """Write the file in one piece. tokens: [canvas | suffix | unused] int64; stop: canvas position or -1.
+
+        A full disk costs the trace, not the engine: it is logged.
+        """
+        try:
+            self._write(tokens, stop)
+        except OSError as error:
+            logger.warning("Cannot write the trace %s: %s", self.path, error)
+
+    def _write(self, tokens: np.ndarray, stop: int) -> None:
         canvas_len, suffix_len = self.plan.canvas_len, self.plan.suffix_len
         final = tokens[: stop if stop >= 0 else canvas_len].tolist() + tokens[canvas_len:][:suffix_len].tolist()
         data = {
