@@ -62,7 +62,8 @@ def check_sampling_params(
         )
     for name, neutral, remedy in _UNSUPPORTED:
         value = getattr(params, name, None)
-        if not any(value is n or value == n for n in neutral):
+        # Arrays would compare element by element.
+        if not any(value is n or (isinstance(value, (int, float, list)) and value == n) for n in neutral):
             shown = f"={value!r}" if isinstance(value, (int, float, str)) else ""
             raise InvalidRequest(
                 f"{name}{shown} is not supported by masked-diffusion decoding; {remedy}", parameter=name

@@ -7,6 +7,7 @@ Over HTTP: test_server.py.
 import io
 import os
 
+import numpy as np
 import pytest
 from PIL import Image
 from vllm import SamplingParams
@@ -14,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import interface
 from vllm.renderers.registry import renderer_from_config
-from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+from vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, StructuredOutputsParams
 from vllm.v1.engine import input_processor
 
 from tests.engine import engines
@@ -132,6 +133,8 @@ PARAMETERS = [
     ({"bad_words": ["photo"]}, "bad_words"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"logprob_token_ids": [5], "logprobs": 1}, "logprob_token_ids"),
+    ({"prompt_logprob_token_ids": np.array([[5, 6]] * 2)}, "prompt_logprob_token_ids"),
+    ({"repetition_detection": RepetitionDetectionParams(max_pattern_size=2, min_count=3)}, "repetition_detection"),
     ({"structured_outputs": StructuredOutputsParams(json={"type": "object"})}, "structured_outputs"),
 ]
 
