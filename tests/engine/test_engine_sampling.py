@@ -178,6 +178,8 @@ def test_logprobs_of_stop_and_suffix(engine):
     chosen = {p: c for step in case.steps for p, c in zip(step["pos"], step["conf"], strict=True)}
     num_suffix = len(case.raw["suffix_ids"])
     assert own[case.stopped_at : -1] == [0.0] * num_suffix, "the suffix was given, not chosen"
+    ranks = [entry[token].rank for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+    assert ranks == [1] * case.stopped_at + [0] * num_suffix + [1], "greedy tokens are the first"
     for position, logprob in zip(range(case.stopped_at + 1), [*own[: case.stopped_at], own[-1]], strict=True):
         assert logprob == pytest.approx(math.log(chosen[position]), abs=LOGPROB_TOLERANCE)
 

@@ -6,11 +6,13 @@ Over HTTP: test_server.py.
 
 import io
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from vllm import SamplingParams
+from vllm.config import CompilationConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import interface
@@ -21,6 +23,7 @@ from vllm.v1.engine import input_processor
 from tests.engine import engines
 from tests.golden import cases
 from vllm_dvlm.admission import PROMPT_LIMITS_KEY
+from vllm_dvlm.config import _run_eagerly
 from vllm_dvlm.errors import InvalidRequest
 from vllm_dvlm.patches.vllm import p002_validate_request
 
@@ -264,6 +267,11 @@ def test_neither_compiler_nor_cuda_graphs(checkpoint):
     config = engine_config(checkpoint).compilation_config
     assert config.mode.name == "NONE" and config.cudagraph_mode.name == "NONE"
     assert "all" in config.custom_ops, "vLLM's own kernels"
+    # A CPU host would have switched graphs off by itself; on a GPU the hook is all there is.
+    stock = SimpleNamespace(compilation_config=CompilationConfig())
+    assert stock.compilation_config.cudagraph_mode is None, "not yet resolved, as in the hook"
+    _run_eagerly(stock)
+    assert stock.compilation_config.mode.name == stock.compilation_config.cudagraph_mode.name == "NONE"
 
 
 def test_model_runner_v1_is_refused(checkpoint, monkeypatch):
