@@ -32,9 +32,10 @@ endif
 	rm -f $(VENV)/.stamp-*
 	touch $@
 
-# Two processes of one thread each; those tests whose own processes wait busily for each other run alone afterwards.
+# Two processes of one thread each, a file at a time in the order of tests/conftest.py; tests whose own processes wait
+# busily for each other run alone afterwards.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not exclusive"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not exclusive"
 	$(BIN)/python -m pytest -m exclusive
 
 demo: venv

@@ -11,14 +11,18 @@ settings.load_profile("any_machine")
 
 
 # Two ranks wait for each other in busy loops: beside another test they crawl, and so does it.
-EXCLUSIVE_FILES = {"test_parallel.py", "test_pruning_parallel.py"}
+EXCLUSIVE_FILES = {"test_two_ranks.py"}
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests that must run alone (`make test` runs the others two at a time)."""
+    """Mark the tests that must run alone (`make test` runs the others two at a time), and put quick ones last.
+
+    Files that start engines take up to minutes; with the quick ones behind them no process waits for another's file.
+    """
     for item in items:
         if item.path.name in EXCLUSIVE_FILES:
             item.add_marker(pytest.mark.exclusive)
+    items.sort(key=lambda item: "unit" in item.path.parts)
 
 
 @pytest.fixture(scope="session")

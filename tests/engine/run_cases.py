@@ -2,17 +2,57 @@
 
     python -m tests.engine.run_cases CHECKPOINT OUT '{"engine": {...}, "cases": [...], "chat": NAME, "noisy": NAME}'
 
-engine: arguments of ``LLM``. cases: recorded runs to repeat together. chat: one run from its question through the
-chat template. noisy: one run with temperature and random remasking. OUT becomes a JSON object of
-name -> {"tokens", "prompt_len", "finish_reason"}.
+engine: arguments of ``LLM``. cases: recorded runs to repeat together. changed: name -> [recorded run, its other
+options], in the same batch. noisy: one run with temperature and random remasking, there too. chat: one run from its
+question through the chat template. OUT becomes a JSON object of name -> {"tokens", "prompt_len", "finish_reason",
+"request_id"}.
 """
 
 import base64
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 from tests.golden import cases
+
+ROOT = Path(__file__).parents[2]
+ENGINE = {"max_model_len": 4096, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 1}}
+NOISE = {"temperature": 0.8, "seed": 3}
+NOISY_OPTIONS = {"diffusion_remasking": "random"}
+
+
+def run(model, out, environment=None, **job):
+    """What a process of its own wrote to ``out``; no environment variable of vLLM is set there.
+
+    model: folder or hub name. environment: variables for the process. job: see the module.
+    """
+    job["engine"] = ENGINE | job["engine"]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.run_cases", str(model), str(out), json.dumps(job)],
+        cwd=ROOT,
+        env=inherited | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def assert_recorded(results, *names):
+    """The named runs gave the recorded tokens."""
+    for name in names:
+        case, result = cases.load(name), dict(results[name])
+        result.pop("request_id")
+        assert result == {
+            "tokens": case.final_ids,
+            "prompt_len": case.prompt_len,
+            "finish_reason": "length",
+        }, name
 
 
 def chat_message(case):
@@ -31,6 +71,7 @@ def described(output):
         "tokens": list(completion.token_ids),
         "prompt_len": len(output.prompt_token_ids),
         "finish_reason": completion.finish_reason,
+        "request_id": output.request_id,
     }
 
 
@@ -44,21 +85,19 @@ def main() -> None:
         extra_args = cases.extra_args(case) | (options or {})
         return SamplingParams(max_tokens=case.settings["gen_length"], extra_args=extra_args, **changes)
 
-    names, prompts, settings = [], [], []
-    for name in job["cases"]:
+    work = {name: (name, {}, {"temperature": 0}) for name in job["cases"]}
+    work |= {name: (of, options, {"temperature": 0}) for name, (of, options) in job.get("changed", {}).items()}
+    if "noisy" in job:
+        work["noisy"] = (job["noisy"], NOISY_OPTIONS, NOISE)
+    prompts, settings = [], []
+    for name, options, changes in work.values():
         case = cases.load(name)
         prompt = {"prompt": cases.prompt_text(case)}
         if case.image_records:
             prompt["multi_modal_data"] = {"image": cases.images(case)}
-        names.append(name)
         prompts.append(prompt)
-        settings.append(params(case, temperature=0))
-    if "noisy" in job:
-        case = cases.load(job["noisy"])
-        names.append("noisy")
-        prompts.append({"prompt": cases.prompt_text(case)})
-        settings.append(params(case, {"diffusion_remasking": "random"}, temperature=0.8, seed=3))
-    results = dict(zip(names, map(described, llm.generate(prompts, settings, use_tqdm=False)), strict=True))
+        settings.append(params(case, options, **changes))
+    results = dict(zip(work, map(described, llm.generate(prompts, settings, use_tqdm=False)), strict=True))
     if "chat" in job:
         case = cases.load(job["chat"])
         results["chat"] = described(llm.chat(chat_message(case), params(case, temperature=0), use_tqdm=False)[0])

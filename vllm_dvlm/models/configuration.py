@@ -102,7 +102,9 @@ class LlavaLLaDAConfig(PreTrainedConfig):
 
 
 def find_vision_config(tower: str | None, checkpoint: str | None) -> SiglipVisionConfig | None:
-    """Sizes of a vision tower by its name, None if nothing known tells them. Nothing is downloaded.
+    """Sizes of a vision tower by its name, None if nothing known tells them.
+
+    Of a tower outside the checkpoint nothing is downloaded.
 
     Args:
         tower: `mm_vision_tower`: a folder (inside the checkpoint or not), or the name of a SigLIP
@@ -244,20 +246,35 @@ def resolve_image_token_id(config: Any, tokenizer: Any) -> int:
 def _tower_files(tower: str, checkpoint: str | None) -> Iterable[Path]:
     """Places of the tower's config.json, most specific first."""
     if checkpoint:
-        yield Path(checkpoint) / tower / "config.json"
-        yield Path(checkpoint) / Path(tower).name / "config.json"
-        if not Path(checkpoint).is_dir():
-            from huggingface_hub import try_to_load_from_cache
-            from huggingface_hub.errors import HFValidationError
-
-            try:
-                cached = try_to_load_from_cache(checkpoint, f"{tower}/config.json")
-            except HFValidationError:
-                cached = None
-            if isinstance(cached, str):
-                yield Path(cached)
+        for folder in dict.fromkeys((tower, Path(tower).name)):
+            if Path(checkpoint).exists():
+                yield Path(checkpoint) / folder / "config.json"
+            elif not Path(folder).is_absolute():
+                yield from _hub_file(checkpoint, f"{folder}/config.json")
     if Path(tower).is_absolute():
         yield Path(tower) / "config.json"
+
+
+def _hub_file(checkpoint: str, name: str) -> Iterable[Path]:
+    """A file of a hub checkpoint, fetched unless it is in the cache; none if there is none or no network.
+
+    While its config is loaded, nothing else of a checkpoint has been fetched. Of the default branch: transformers does
+    not tell a config which revision it is from.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(
+            checkpoint,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # no repository, or no name of one
+        return
+    if file is not None:
+        yield Path(file)
 
 
 def _siglip_config(fields: dict[str, Any]) -> SiglipVisionConfig:

@@ -1,0 +1,80 @@
+"""Tensor parallelism: two ranks draw the same noise, keep the same visual tokens and give the tokens of one."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.engine import pruned_reference
+from tests.engine.pruned_checks import assert_clear
+from tests.engine.run_cases import NOISE, NOISY_OPTIONS, assert_recorded, run
+from tests.golden import cases
+
+TEXT, CACHED = "a1_text_single_block", "g12_fast_k2_r8_none"
+PRUNED = ["f1_redvtp_keep25", "f2_redvtp_keep50"]
+MORE_OPTIONS = {
+    "cached": {"diffusion_refresh_interval": 32},
+    "fastv": {"diffusion_refresh_interval": 32, "prune_method": "fastv"},
+}
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(checkpoint, traces, tmp_path_factory):
+    """Text, an image, cached steps, noise and pruning in one batch of two ranks."""
+    settings = {"trace_dir": str(traces), "diffusion_trace": 1}
+    return run(
+        checkpoint(seed=0),
+        tmp_path_factory.mktemp("two_ranks") / "out.json",
+        engine={
+            "tensor_parallel_size": 2,
+            "distributed_executor_backend": "mp",
+            "additional_config": {"dvlm": settings},
+            "max_num_batched_tokens": 4096,
+        },
+        cases=[TEXT, CACHED, *PRUNED],
+        changed={name: [PRUNED[0], options] for name, options in MORE_OPTIONS.items()},
+        noisy=TEXT,
+    )
+
+
+def trace(results, traces, name):
+    return json.loads((traces / f"{results[name]['request_id']}.json").read_text())
+
+
+def test_recorded_tokens_and_steps(two_ranks, traces):
+    assert_recorded(two_ranks, TEXT, CACHED, *PRUNED)
+    for name in (TEXT, CACHED):
+        shapes = [[1, step["query_len"]] for step in trace(two_ranks, traces, name)["steps"]]
+        assert shapes == cases.load(name).raw["forward_shapes"]
+
+
+def test_noise_is_that_of_one_rank(two_ranks, engine):
+    from vllm import SamplingParams
+
+    from tests.engine.engines import case_prompt, tokens
+
+    case = cases.load(TEXT)
+    params = SamplingParams(max_tokens=16, extra_args=cases.extra_args(case) | NOISY_OPTIONS, **NOISE)
+    assert two_ranks["noisy"]["tokens"] == tokens(engine.run_one(case_prompt(case), params)) != case.final_ids
+
+
+def test_ranks_keep_the_same_visual_tokens(two_ranks, traces, reference):
+    """As recorded, with a cache and with fastv as the dense reference; ranks that disagree would give other tokens."""
+    case, model = cases.load(PRUNED[0]), reference(seed=0)
+    prompt = pruned_reference.case_prompt(model, case)
+    expected = {name: (cases.load(name).final_ids, cases.load(name).pruning["kept_local_indices"]) for name in PRUNED}
+    for name, options in MORE_OPTIONS.items():
+        dense = pruned_reference.decode(model, prompt, cases.extra_args(case) | options)
+        assert_clear(dense)
+        expected[name] = dense.canvas, dense.kept
+    for name, (token_ids, kept) in expected.items():
+        assert two_ranks[name]["tokens"] == token_ids, name
+        assert trace(two_ranks, traces, name)["pruning"]["kept_local_indices"] == kept, name
+    for name in PRUNED:
+        with np.load(traces / f"{two_ranks[name]['request_id']}.npz") as arrays:
+            assert np.abs(arrays["importance"] - np.asarray(cases.load(name).importance)).max() < 1e-5
