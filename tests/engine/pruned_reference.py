@@ -75,7 +75,7 @@ class Decoder:
         num_steps = self.options.get("diffusion_max_steps", length) * block // length
         for start in range(0, length, block):
             schedule = num_unmasked_per_step(int((self.canvas[start : start + block] == MASK_ID).sum()), num_steps)
-            for i in range(block):
+            for i in range(block if "diffusion_threshold" in self.options else num_steps):
                 if not (self.canvas[start : start + block] == MASK_ID).any():
                     break
                 self._step(start, start + block, i, schedule[i] if i < num_steps else 0)

@@ -136,6 +136,21 @@ def test_rows_choose_differently(engine):
     assert len(set(kept.values())) == len(ROWS)
 
 
+def test_a_predicted_mask_token_is_no_masked_row(engine, reference):
+    """Committed, it leaves its place masked; the released code takes the rows that no token was committed to."""
+    options = {
+        "diffusion_canvas_length": 6,
+        "diffusion_max_steps": 3,
+        "prune_method": "redvtp",
+        "prune_keep_ratio": 0.3,
+    }
+    plain = pruned_reference.decode(reference(seed=0), prompt_of(reference(seed=0), BASE), options)
+    arguments = {"build_args": {"seed": 0, "mask_like": plain.steps[0]["ids"][0]}}
+    case = cases.Case(BASE.name, BASE.raw | {"checkpoint": BASE.raw["checkpoint"] | arguments})
+    dense = check_dense(engine, reference, options, case)
+    assert pruned_reference.MASK_ID in dense.steps[0]["ids"]
+
+
 def test_threshold_and_cache_and_pruning(engine, reference):
     """The fast setting: parallel decoding against a pruned, cached prompt."""
     options = {"diffusion_canvas_length": 16, "diffusion_threshold": 1, "diffusion_refresh_interval": 32}

@@ -25,8 +25,8 @@ class StepView:
     prompt_attention: torch.Tensor | None  # [N] float32, summed over the text rows of the prompt
     visual_attention: torch.Tensor | None  # [N] float32, summed over the visual rows of the prompt
     num_prompt_rows: int  # text rows of the prompt
-    is_masked: torch.Tensor  # [C] bool, still masked after the commit
-    is_committed: torch.Tensor  # [C] bool, unmasked in this step
+    is_masked: torch.Tensor  # [C] bool, masked before the step and not committed in it
+    is_committed: torch.Tensor  # [C] bool, committed in this step, also where that token is the mask token itself
     visual_embeds: torch.Tensor  # [N, D], embeddings as they entered the first layer
     visual_places: torch.Tensor  # [N, 2] int64 on the host, row and column in the tile or map it belongs to, from 0;
     # a newline token is the column behind the last

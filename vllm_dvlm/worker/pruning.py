@@ -259,7 +259,9 @@ class StepPruner:
         trace = job.slot.trace
         if job.kept is None:
             row, canvas_len = job.batch_index, job.slot.plan.canvas_len
-            self._choose(job, masked[row, :canvas_len], out.committed[row, :canvas_len])
+            committed = out.committed[row, :canvas_len]
+            # Where the model predicted the mask token and it was committed, the reference counts the row as committed.
+            self._choose(job, masked[row, :canvas_len] & ~committed, committed)
             # A full canvas has no later step, so it does not matter what is kept. Only a trace, which waits for
             # the device anyway, is told; ranks without one have taken part in the choice, too.
             if trace is not None and not masked[row, :canvas_len].any():

@@ -220,9 +220,9 @@ def _choose(
     return order[: min(count, num_candidates)].sort().values, count
 
 
-def _prune(sequence: _Sequence, probe: AttentionProbe, still_masked: torch.Tensor) -> None:
-    """RedVTP: drop all but the visual tokens that the still masked rows look at (points 33-36)."""
-    importance = probe.attention()[still_masked].mean(0)  # [N]
+def _prune(sequence: _Sequence, probe: AttentionProbe, rows: torch.Tensor) -> None:
+    """RedVTP: drop all but the visual tokens that these canvas rows, masked and not committed, look at (33-36)."""
+    importance = probe.attention()[rows].mean(0)  # [N]
     num_visual = len(importance)
     num_kept = max(1, int(num_visual * sequence.options.prune_keep_ratio))
     kept = importance.argsort(descending=True, stable=True)[:num_kept].sort().values
@@ -288,9 +288,11 @@ class _Decoder:
         sequence.write(positions, tokens)
         self._record(positions, confidence, k, len(rows))
         self._find_stop()
-        still_masked = self.canvas == options.mask_id
-        if probe is not None and still_masked.any():
-            _prune(sequence, probe, still_masked)
+        # A row at which the mask token was committed is still masked, but the released code does not count it.
+        untouched = self.canvas == options.mask_id
+        untouched[positions] = False
+        if probe is not None and untouched.any():
+            _prune(sequence, probe, untouched)
 
     def _record(self, positions: torch.Tensor, confidence: torch.Tensor, k: int, num_candidates: int) -> None:
         result = self.sequence.result
