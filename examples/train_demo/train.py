@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes-scale", type=float, default=1.0, help="scales the steps of every stage")
-    parser.add_argument("--short", action="store_true", help="about a minute: learns a little, proves the way")
+    parser.add_argument("--short", action="store_true", help="half a minute: learns a little, proves the way")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)  # parts of a batch run side by side instead
@@ -55,7 +55,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     stages, num_questions = STAGES, 1000
     if args.short:
-        stages, num_questions = shortened(STAGES), 40
+        stages, num_questions = shortened(STAGES), 20
     run = start(args.seed)
     state = args.out / STATE
     resumed = args.resume and state.exists()
@@ -84,7 +84,7 @@ def start(seed: int) -> Run:
 
 def shortened(stages: list[Stage]) -> list[Stage]:
     """The same recipe with few steps of small batches, and windows instead of the whole grid."""
-    num_steps = {"tower": 150, "small windows": 60}
+    num_steps = {"tower": 80, "small windows": 40}
     largest = Window(2, 5)
     return [
         replace(stage, steps=num_steps.get(stage.name, 5), window=stage.window and largest, batch=min(stage.batch, 64))

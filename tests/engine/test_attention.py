@@ -11,7 +11,7 @@ import torch
 
 from tests.golden import cases
 
-TEXT, CACHED, IMAGE = "a1_text_single_block", "g10_fast_text_r8_thr1", "b1_image_steps_eq_gen"
+TEXT, CACHED, IMAGE = "a1_text_single_block", "g10_fast_text_r8_thr1", "c1_steps_lt_gen"
 HEAD_SIZE, NUM_HEADS, MASK_ID = 16, 4, 126336
 
 
