@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import shutil
 import subprocess
 from typing import Any
 
@@ -40,11 +41,22 @@ def trace_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, trace_dir, tmp_path_factory):
+def folder(checkpoint, tmp_path_factory):
+    """A checkpoint whose generation_config.json suggests what masked diffusion has no use for."""
+    copy = tmp_path_factory.mktemp("suggests") / "checkpoint"
+    shutil.copytree(checkpoint(**BUILD_ARGS), copy)
+    file = copy / "generation_config.json"
+    suggested = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2}
+    file.write_text(json.dumps(json.loads(file.read_text()) | suggested))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def server(folder, trace_dir, tmp_path_factory):
     settings = {"trace_dir": str(trace_dir), "max_canvas_length": MAX_CANVAS, "max_image_tiles": 8}
     log = tmp_path_factory.mktemp("server") / "log.txt"
     flags = ("--max-model-len", str(MAX_MODEL_LEN), "--api-server-count", "2")
-    made = Server(checkpoint(**BUILD_ARGS), log, {"dvlm": settings}, *flags)
+    made = Server(folder, log, {"dvlm": settings}, *flags)
     print(f"server ready after {made.start_up_s:.0f} s")
     yield made
     made.stop()
@@ -98,6 +110,11 @@ def test_streamed_completion(server):
     args = openai_args(completion_of("g10_fast_text_r8_thr1", stream=True))
     deltas = [chunk.choices[0].text for chunk in server.openai.completions.create(**args)]
     assert "".join(deltas) == expected("g10_fast_text_r8_thr1") and len(deltas) > 1
+
+
+def test_session_id_of_vllm(server):
+    """A field that vLLM itself passes on among the options."""
+    assert text_of(server.send(chat_of(TEXT, session_id="a conversation"))) == expected(TEXT)
 
 
 def test_stop_string(server):
