@@ -113,8 +113,8 @@ def test_streamed_completion(server):
 
 
 def test_session_id_of_vllm(server):
-    """A field that vLLM itself passes on among the options."""
-    assert text_of(server.send(chat_of(TEXT, session_id="a conversation"))) == expected(TEXT)
+    """vLLM reads it from among the options."""
+    assert text_of(server.send(chat_of(TEXT, xargs={"session_id": "a conversation"}))) == expected(TEXT)
 
 
 def test_stop_string(server):
