@@ -1,5 +1,6 @@
 """Requests that nobody sends twice but somebody sends once: each is answered, and the engine lives on."""
 
+import copy
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -153,6 +154,19 @@ def test_a_folder_that_takes_no_traces_is_refused(tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match="trace_dir.*name another folder"):
         check_folder(str(file / "traces"))
+
+
+def test_a_worker_that_cannot_write_traces_does_not_start(engine, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    state, config = engine.model_state, copy.copy(engine.runner.vllm_config)
+    config.additional_config = {"dvlm": config.additional_config["dvlm"] | {"trace_dir": str(file / "traces")}}
+    try:
+        with pytest.raises(ValueError, match="trace_dir.*name another folder"):
+            type(state)(config, engine.model, engine.runner.encoder_cache, engine.runner.device)
+    finally:
+        engine.model.model.set_observer(state.pruner)
+    assert list(reply(engine, TEXT).token_ids) == cases.load(TEXT).final_ids
 
 
 # -- tokenizers without an end of turn ---------------------------------------------------------------------------
