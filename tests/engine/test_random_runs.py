@@ -1,6 +1,6 @@
 """Settings that nobody recorded: random requests in one mixed batch against the lean loop.
 
-The goldens pin that loop to the official code (tests/unit/test_reference_loops.py); here it stands in for it.
+The goldens pin that loop to the official code (tests/golden/test_reference_loops.py); here it stands in for it.
 """
 
 import random
