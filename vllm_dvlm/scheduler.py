@@ -1,8 +1,8 @@
 """Scheduler and request subclasses: whole sequences per step, refresh turns, no truncation.
 
 vLLM's scheduler lets every request catch up from ``num_computed_tokens`` to ``num_tokens_with_spec``. A denoising
-step computes ``[start, prompt + canvas + suffix)``, so the request subclass says how long it physically is and this
-scheduler sets ``num_computed_tokens`` to the next start after every step.
+step computes a range of the sequence, ``terms.step_at``, so the request subclass says where that range ends and this
+scheduler sets ``num_computed_tokens`` to its start after every step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_dvlm.kv.groups import set_removed
 from vllm_dvlm.kv.release import release_tail
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, Space, check_lengths, resolve
-from vllm_dvlm.terms import Plan, Position, advance, next_query_start, step_flops
+from vllm_dvlm.terms import Plan, Position, Step, advance, step_at, step_flops
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -56,6 +56,7 @@ class DiffusionRequest(Request):
     pruned_plan: Plan | None
     prune_layers: int | None
     position: Position
+    step: Step
     needs_encoder: bool
     report: dict[str, int]
     suffix_ids: list[int]
@@ -64,16 +65,22 @@ class DiffusionRequest(Request):
     def start(self, plan: Plan, pruned_plan: Plan | None = None, prune_layers: int | None = None) -> None:
         """Attach the course of the request, before and after pruning; called once, before the request is queued.
 
-        ``report`` is what the reply tells about the request. prune_layers: see ``terms.step_flops``.
+        ``report`` is what the reply tells about the request. prune_layers: see ``terms.step_flops``. ``step`` is what
+        the next denoising step computes.
         """
         self.plan = plan
         self.pruned_plan = pruned_plan
         self.prune_layers = prune_layers
         self.report = dict.fromkeys(("denoise_steps", "forward_tokens_full", "forward_tokens_cached", "flops"), 0)
-        self.position = Position()
+        self.move_to(Position())
         self.needs_encoder = True
         self.suffix_ids = []
         self.stop_ids = set()
+
+    def move_to(self, position: Position) -> None:
+        """Stand at ``position`` of the plan as it is now."""
+        self.position = position
+        self.step = step_at(self.plan, position)
 
     def suffix_of(self, new_token_ids: list[int]) -> tuple[int, int]:
         """Where the suffix lies in a step's tokens, [first, end); (0, 0) if the step does not end the canvas.
@@ -102,8 +109,8 @@ class DiffusionRequest(Request):
 
     @property
     def num_tokens_with_spec(self) -> int:
-        """End of every denoising step's query."""
-        return self.plan.total_len
+        """End of the next denoising step's query."""
+        return self.step.query_end
 
     @property
     def has_encoder_inputs(self) -> bool:
@@ -185,7 +192,7 @@ class DiffusionScheduler(Scheduler):
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             request = self.requests[req_id]
             # num_computed_tokens has been moved to the end of the query by now.
-            assert request.num_computed_tokens == request.plan.total_len, "a denoising step was truncated"
+            assert request.num_computed_tokens == request.step.query_end, "a denoising step was truncated"
             self._count_step(request, num_tokens)
         return output
 
@@ -261,8 +268,8 @@ class DiffusionScheduler(Scheduler):
             num_new = len(sampled[index]) if sampled and index is not None else 0
             if request.pruned_plan is not None:
                 self._shorten(request)
-            request.position = advance(request.plan, request.position, num_new)
-            request.num_computed_tokens = next_query_start(request.plan, request.position)
+            request.move_to(advance(request.plan, request.position, num_new))
+            request.num_computed_tokens = request.step.query_start
             request.needs_encoder = False
         return outputs
 

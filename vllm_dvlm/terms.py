@@ -97,11 +97,32 @@ def advance(plan: Plan, before: Position, num_new_tokens: int) -> Position:
     return Position(max(block_end, complete), 0, num_emitted)
 
 
-def next_query_start(plan: Plan, position: Position) -> int:
-    """First token, in request coordinates, that the next step has to compute: 0 for a refresh, else the block's."""
+@dataclass(frozen=True)
+class Step:
+    """What one denoising step computes and attends to, in request coordinates.
+
+    query_start / query_end: tokens computed, half-open.
+    kv_len: tokens attended to, from the first one on.
+    is_refresh: True if the whole sequence is recomputed.
+    """
+
+    query_start: int
+    query_end: int
+    kv_len: int
+    is_refresh: bool
+
+    @property
+    def query_len(self) -> int:
+        """Tokens computed."""
+        return self.query_end - self.query_start
+
+
+def step_at(plan: Plan, position: Position) -> Step:
+    """The step that a request at ``position`` makes next: everything at a refresh, else from the block's start on."""
+    total = plan.total_len
     if is_refresh(position.step_in_block, plan.refresh_interval):
-        return 0
-    return plan.prompt_len + position.block_start
+        return Step(0, total, total, is_refresh=True)
+    return Step(plan.prompt_len + position.block_start, total, total, is_refresh=False)
 
 
 def num_scheduled_steps(num_masked: int, steps_per_block: int) -> list[int]:

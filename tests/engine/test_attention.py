@@ -6,6 +6,7 @@ on this host; a backend that quietly ignored ``causal=False`` would fail here, n
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,7 +63,7 @@ def recorded_steps(engine, monkeypatch):
 
     def on_model(module, inputs, out):
         steps[-1].hidden = out.double().clone()
-        read = engine.model_state.pruner.final_rows
+        read = engine.model_state.forward_plan.final_rows
         steps[-1].read = None if read is None else read.clone()
 
     attentions = [layer.self_attn for layer in engine.model.model.layers]
@@ -136,7 +137,7 @@ def test_backends_of_this_host(engine):
 def compute_all_rows(engine, monkeypatch):
     """Let the last layer compute rows that nobody reads, too."""
     setter = property(lambda self: None, lambda self, rows: None)
-    monkeypatch.setattr(type(engine.model_state.pruner), "final_rows", setter, raising=False)
+    monkeypatch.setattr(type(engine.model_state.forward_plan), "final_rows", setter, raising=False)
 
 
 @pytest.mark.parametrize("all_rows", [False, True])
@@ -146,7 +147,7 @@ def test_attention_layers(engine, recorded_steps, monkeypatch, always_the_backen
     from vllm_dvlm.models import llada
 
     if always_the_backend:
-        monkeypatch.setattr(llada.BidirectionalAttention, "whole_sequences", lambda self: None)
+        monkeypatch.setattr(llada.BidirectionalAttention, "attends_whole", False)
     if all_rows:
         compute_all_rows(engine, monkeypatch)
     engine.use({"seed": 0})
@@ -154,6 +155,44 @@ def test_attention_layers(engine, recorded_steps, monkeypatch, always_the_backen
     assert all((step.read is None) == all_rows for step in recorded_steps)
     assert len(recorded_steps[0].req_ids) == 3
     assert assert_bidirectional(recorded_steps) >= 16
+
+
+def test_prompts_that_attend_to_themselves_only(engine, recorded_steps, monkeypatch):
+    """More rows of attention than requests: prompt rows see the prompt, canvas rows see all."""
+    from vllm_dvlm.worker.attention_rows import AttentionRows
+
+    state = engine.model_state
+    prompts = {name: len(cases.load(name).prompt_ids) for name in (TEXT, CACHED)}
+
+    def attention_rows(builder):
+        whole, splits = builder.scheduled, []
+        for r, req_id in enumerate(builder.input_batch.req_ids):
+            (prompt,) = [n for name, n in prompts.items() if req_id.startswith(name)]
+            first, end = whole.query_start[r : r + 2].tolist()
+            assert end - first == whole.kv_len[r]
+            splits += [(r, first, prompt), (r, first + prompt, end - first)]
+        request, starts, kv_len = zip(*splits, strict=True)
+        starts = np.array([*starts, whole.query_start[-1]], dtype=np.int32)
+        return AttentionRows(np.array(request), starts, np.array(kv_len, dtype=np.int32))
+
+    monkeypatch.setattr(state, "attention_rows", attention_rows)
+    engine.use({"seed": 0})
+    exact = {"diffusion_refresh_interval": 1, "diffusion_max_steps": 4, "diffusion_canvas_length": 16}
+    work = {}
+    for name in prompts:
+        prompt, params = request(name)
+        params.extra_args = params.extra_args | exact | {"diffusion_block_length": 16}
+        work[name] = prompt, params
+    engine.run(work)
+    step = recorded_steps[0]
+    assert len(step.req_ids) == 2
+    for r, req_id in enumerate(step.req_ids):
+        (prompt,) = [n for name, n in prompts.items() if req_id.startswith(name)]
+        q, k, v, out = (x[step.rows(r)] for x in step.calls[0])
+        alone = dense_attention(q[:prompt], k[:prompt], v[:prompt], causal=False)
+        assert (out[:prompt] - alone).abs().max() < 1e-4
+        assert (out[prompt:] - dense_attention(q, k, v, causal=False)[prompt:]).abs().max() < 1e-4
+        assert (out[:prompt] - dense_attention(q, k, v, causal=False)[:prompt]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("all_rows", [False, True])

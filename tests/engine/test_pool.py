@@ -208,7 +208,7 @@ class Driver:
         self.arrived[name], self.waited[name] = self.num_steps, 0
 
     def step(self):
-        from vllm_dvlm.terms import next_query_start
+        from vllm_dvlm.terms import step_at
 
         output = self.scheduler.schedule()
         self.num_steps += 1
@@ -233,8 +233,9 @@ class Driver:
         new_names = {new.req_id for new in output.scheduled_new_reqs}
         for name, num_tokens in output.num_scheduled_tokens.items():
             twin = self.twins[name]
-            start = 0 if name in new_names else next_query_start(twin.plan, twin.position)
-            assert start + num_tokens == twin.plan.total_len, "half a denoising step"
+            step = step_at(twin.plan, twin.position)
+            start = 0 if name in new_names else step.query_start
+            assert start + num_tokens == step.query_end, "half a denoising step"
             for owner, row, length in self._groups(name):
                 assert len(row) * BLOCK_SIZE >= length, "rows without a KV block"
                 assert row == [block.block_id for block in owner.req_to_blocks[name]]

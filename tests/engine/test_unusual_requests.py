@@ -165,7 +165,7 @@ def test_a_worker_that_cannot_write_traces_does_not_start(engine, tmp_path):
         with pytest.raises(ValueError, match="trace_dir.*name another folder"):
             type(state)(config, engine.model, engine.runner.encoder_cache, engine.runner.device)
     finally:
-        engine.model.model.set_observer(state.pruner)
+        engine.model.model.set_forward_plan(state.forward_plan)
     assert list(reply(engine, TEXT).token_ids) == cases.load(TEXT).final_ids
 
 

@@ -172,7 +172,7 @@ def decode(batch):
             positions[i] = terms.advance(plan, positions[i], num_new)
             worker = (out.canvases.block_start[r], out.canvases.step_in_block[r], out.canvases.num_emitted[r])
             assert positions[i] == terms.Position(*map(int, worker))
-            assert terms.next_query_start(plan, positions[i]) == int(out.next_start[r])
+            assert terms.step_at(plan, positions[i]).query_start == int(out.next_start[r])
         keep = (~out.finished).nonzero()[:, 0]
         state, live = rows_of(out.canvases, keep), [live[r] for r in keep.tolist()]
         if not live:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.golden import cases
 from vllm_dvlm import terms
-from vllm_dvlm.terms import Plan, Position, VisualSpan, advance, next_query_start
+from vllm_dvlm.terms import Plan, Position, Step, VisualSpan, advance, step_at
 
 sizes = st.integers(1, 10_000)
 
@@ -98,13 +98,14 @@ def test_threshold_blocks_have_no_last_step():
     ("refresh_interval", "starts"),
     [(1, [0] * 8), (3, [0, 100, 100, 0, 0, 104, 104, 0]), (32, [0, 100, 100, 100, 0, 104, 104, 104])],
 )
-def test_next_query_start(refresh_interval, starts):
+def test_step_at(refresh_interval, starts):
     """Each block begins with a whole forward; cached steps begin at the block."""
     p, position, seen = plan(refresh_interval=refresh_interval), Position(), []
-    for step in range(8):
-        seen.append(next_query_start(p, position))
-        position = advance(p, position, 4 * (step == 3))
-    assert seen == starts
+    for i in range(8):
+        seen.append(step_at(p, position))
+        position = advance(p, position, 4 * (i == 3))
+    assert seen == [Step(start, 119, 119, is_refresh=start == 0) for start in starts]
+    assert [step.query_len for step in seen] == [119 - start for start in starts]
 
 
 class Config:

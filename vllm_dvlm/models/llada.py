@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -33,6 +32,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.platforms import current_platform
 
+from vllm_dvlm.models.forward_plan import ForwardPlan
 from vllm_dvlm.params import ServerSettings
 
 if TYPE_CHECKING:
@@ -57,55 +57,17 @@ def padded_head_size(head_size: int) -> int:
     raise ValueError(f"head size {head_size} is larger than the CPU attention kernels take ({sizes[-1]})")
 
 
-class LayerObserver(Protocol):
-    """Somebody who looks at layers while they run, and may take rows away between them."""
-
-    @property
-    def active(self) -> bool:
-        """False in steps that need no observing; then no method is called."""
-
-    @property
-    def keeps_kv(self) -> bool:
-        """True if a later step of a request in the batch reads the KV that this step writes."""
-
-    @property
-    def final_rows(self) -> torch.Tensor | None:
-        """[rows] int64 ascending, the rows whose final hidden state is read; None for all. Behind the last layer's
-        attention only these are computed, the others end as zeros."""
-
-    def observe(self, layer: int, attention: LLaDAAttention, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Queries and keys of a layer after the rotary embedding, [rows, heads * head size]."""
-
-    def after_layer(
-        self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows for the next layer."""
-
-    def finish_forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Rows as they were scheduled, from the rows that are left."""
-
-
 class BidirectionalAttention(Attention):
     """vLLM's attention layer whose KV cache declares that rows attend to later rows, too."""
 
-    def whole_sequences(self) -> list[tuple[int, int]] | None:
-        """Token ranges [first, end) of the step's requests if ``attend_whole`` should be used, else None.
+    @property
+    def attends_whole(self) -> bool:
+        """True if ``attend_whole`` is the faster way for whole sequences: in float32 on a CPU.
 
-        It is for steps whose every query is a whole sequence (a refresh, and exact mode always), in float32 on a CPU:
-        there torch's kernel takes 3.3 ms against 5.0 ms at 945 tokens, 4 heads of 16 (padded to 32 for vLLM's), and
-        18 against 32 ms with 8 heads of 64, on one core.
+        There torch's kernel takes 3.3 ms against 5.0 ms at 945 tokens, 4 heads of 16 (padded to 32 for vLLM's), and 18
+        against 32 ms with 8 heads of 64, on one core.
         """
-        metadata = get_forward_context().attn_metadata
-        if self.dtype != torch.float32 or not current_platform.is_cpu():
-            return None
-        step = metadata.get(self.layer_name) if isinstance(metadata, dict) else None
-        if step is None:  # a dummy batch of vLLM's warm-up
-            return None
-        starts = step.query_start_loc.tolist()
-        spans = list(zip(starts, starts[1:], strict=False))
-        if [end - first for first, end in spans] != step.seq_lens.tolist()[: len(spans)]:
-            return None
-        return spans
+        return self.dtype == torch.float32 and current_platform.is_cpu()
 
     def attend_whole(
         self,
@@ -157,7 +119,7 @@ class LLaDAAttention(nn.Module):
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.layer_index = extract_layer_index(prefix)
-        self.observer: LayerObserver | None = None
+        self.plan = ForwardPlan()
         config = vllm_config.model_config.hf_config
         quant_config = vllm_config.quant_config
         tp_size = get_tensor_model_parallel_world_size()
@@ -208,11 +170,11 @@ class LLaDAAttention(nn.Module):
         kv_width = self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([self.num_heads * self.head_dim, kv_width, kv_width], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        if self.observer is not None and self.observer.active:
-            self.observer.observe(self.layer_index, self, q, k)
-        spans = self.attn.whole_sequences()
-        if spans is not None:
-            if self.observer is None or self.observer.keeps_kv:
+        if self.plan.observer is not None:
+            self.plan.observer.observe(self.layer_index, self, q, k)
+        spans = self.plan.whole_spans
+        if spans is not None and self.attn.attends_whole:
+            if self.plan.keeps_kv:
                 keys, values = (self._pad(x).view(-1, self.num_kv_heads, self.padded_dim) for x in (k, v))
                 torch.ops.vllm.unified_kv_cache_update(keys, values, self.attn.layer_name)
             out = self.attn.attend_whole(*(x.view(len(x), -1, self.head_dim) for x in (q, k, v)), spans, rows)
@@ -321,7 +283,7 @@ class LLaDAModel(nn.Module):
             prefix=maybe_prefix(prefix, "layers"),
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.observer: LayerObserver | None = None
+        self.set_forward_plan(ForwardPlan())
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[N] -> [N, hidden]."""
@@ -330,27 +292,24 @@ class LLaDAModel(nn.Module):
     def forward(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """positions: [N] int64; inputs_embeds: [N, hidden]. Returns [N, hidden] after the final norm."""
         hidden_states, residual = inputs_embeds, None
-        observed = self.observer is not None and self.observer.active
-        final_rows = self.observer.final_rows if self.observer is not None else None
+        observer, final_rows = self.plan.observer, self.plan.final_rows
         for index, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer)):
             rows = final_rows if index == self.end_layer - 1 else None
             hidden_states, residual = layer(positions, hidden_states, residual, rows)
-            if observed:
-                positions, hidden_states, residual = self.observer.after_layer(
-                    index, positions, hidden_states, residual
-                )
+            if observer is not None:
+                positions, hidden_states, residual = observer.after_layer(index, positions, hidden_states, residual)
         hidden_states, _ = self.norm(hidden_states, residual)
         if final_rows is not None:
             every = hidden_states.new_zeros(inputs_embeds.shape)
             every[final_rows] = hidden_states
             return every
-        return self.observer.finish_forward(hidden_states) if observed else hidden_states
+        return hidden_states if observer is None else observer.finish_forward(hidden_states)
 
-    def set_observer(self, observer: LayerObserver) -> None:
-        """Let ``observer`` look at the layers of steps in which it is active."""
-        self.observer = observer
+    def set_forward_plan(self, plan: ForwardPlan) -> None:
+        """Take what the layers must know of each step from ``plan``, which its owner keeps up to date."""
+        self.plan = plan
         for layer in self.layers:
-            layer.self_attn.observer = observer
+            layer.self_attn.plan = plan
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load tensors named as in the checkpoint, without the leading ``model.``."""

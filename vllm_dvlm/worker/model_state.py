@@ -17,13 +17,14 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from vllm_dvlm.models.forward_plan import ForwardPlan
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, Space, resolve
-from vllm_dvlm.terms import VisualSpan, is_refresh, next_query_start
+from vllm_dvlm.terms import VisualSpan, step_at
+from vllm_dvlm.worker.attention_rows import AttentionRows, MetadataBuilder
 from vllm_dvlm.worker.image_maps import describe_images
-from vllm_dvlm.worker.pruning import Segment, StepPruner
+from vllm_dvlm.worker.pruning import StepPruner
 from vllm_dvlm.worker.sampler import DiffusionSampler
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
 from vllm_dvlm.worker.trace import TraceRecorder, check_folder
@@ -99,7 +100,8 @@ class DiffusionModelState(ModelState):
         self.num_layers = self.model_config.hf_config.num_hidden_layers
         self.num_heads = self.model_config.hf_config.num_attention_heads
         self.pruner = StepPruner(self)
-        model.model.set_observer(self.pruner)
+        self.forward_plan = ForwardPlan()
+        model.model.set_forward_plan(self.forward_plan)
         self.writes_traces = get_tensor_model_parallel_rank() == 0
         if self.writes_traces and self.settings.trace_dir is not None:
             check_folder(self.settings.trace_dir)
@@ -248,6 +250,7 @@ class DiffusionModelState(ModelState):
         for b, index in enumerate(input_batch.idx_mapping_np.tolist()):
             slot = self.slots.get(index)
             if slot is None or slot.req_id != input_batch.req_ids[b]:
+                self.forward_plan.reset()
                 return {}  # a dummy batch of vLLM's warm-up
             start = int(input_batch.num_computed_tokens_np[b])
             self._check_schedule(slot, index, start, int(input_batch.num_scheduled_tokens[b]))
@@ -260,7 +263,8 @@ class DiffusionModelState(ModelState):
         input_batch.logits_indices = torch.from_numpy(np.concatenate(token_rows)).to(self.device, non_blocking=True)
         # Rows move inside a step with segments, and a captured graph has fixed shapes.
         if self.runs_eagerly and len(input_batch.logits_indices) and not self.pruner.segments:
-            self.pruner.final_rows = input_batch.logits_indices
+            self.forward_plan.final_rows = input_batch.logits_indices
+        self.forward_plan.keeps_kv = any(slot.plan.refresh_interval > 1 for slot in slots)
         query_len = input_batch.num_scheduled_tokens
         self.step = StepBatch(
             slots,
@@ -291,11 +295,11 @@ class DiffusionModelState(ModelState):
 
     def _check_schedule(self, slot: RequestSlot, req_idx: int, start: int, query_len: int) -> None:
         """Scheduler and worker must agree on where the request stands; a resumed request always starts at 0."""
-        expected = next_query_start(slot.plan, self.canvases.position(req_idx))
-        if start not in (0, expected) or start + query_len != slot.plan.total_len:
+        step = step_at(slot.plan, self.canvases.position(req_idx))
+        if start not in (0, step.query_start) or start + query_len != step.query_end:
             raise RuntimeError(
                 f"request {slot.req_id}: scheduled tokens [{start}, {start + query_len}), expected "
-                f"[{expected}, {slot.plan.total_len}); scheduler and worker disagree"
+                f"[{step.query_start}, {step.query_end}); scheduler and worker disagree"
             )
 
     def rows_to_score(self, req_idx: int, slot: RequestSlot) -> np.ndarray:
@@ -308,8 +312,7 @@ class DiffusionModelState(ModelState):
         masked = np.flatnonzero(tokens == self.token_ids.mask_token_id)
         stop = row[COLUMN["stop"]]
         limit = stop if stop >= 0 else row[COLUMN["block_start"]] + row[COLUMN["block_len"]]
-        refresh = is_refresh(int(row[COLUMN["step_in_block"]]), slot.plan.refresh_interval)
-        first = 0 if refresh else row[COLUMN["block_start"]]
+        first = max(0, step_at(slot.plan, self.canvases.position(req_idx)).query_start - slot.plan.prompt_len)
         return masked[(masked >= first) & (masked < limit)]
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -331,52 +334,37 @@ class DiffusionModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Attention metadata without a causal mask; of its own for layers that run on shortened requests."""
-        num_reqs = input_batch.num_reqs
-        query_start = input_batch.query_start_loc_np[: num_reqs + 1]
-        seq_lens_np = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
-
-        def build(
-            start: np.ndarray, start_gpu: torch.Tensor, lens: torch.Tensor, lens_gpu: torch.Tensor, slots: torch.Tensor
-        ) -> dict[str, Any]:
-            return build_attn_metadata(
-                attn_groups=attn_groups,
-                num_reqs=num_reqs,
-                num_tokens=int(start[-1]),
-                query_start_loc_gpu=start_gpu,
-                query_start_loc_cpu=torch.from_numpy(start),
-                max_query_len=int(np.diff(start).max()),
-                seq_lens=lens_gpu,
-                max_seq_len=self.max_model_len if for_capture else int(lens.max()),
-                block_tables=block_tables,
-                slot_mappings=slots,
-                kv_cache_config=kv_cache_config,
-                seq_lens_cpu_upper_bound=lens,
-                positions=input_batch.positions,
-                is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
-                for_cudagraph_capture=for_capture,
-                causal=False,
-                ubatch_idx=ubatch_idx,
-            )
-
-        query_start_gpu = input_batch.query_start_loc[: num_reqs + 1]
-        metadata = build(query_start, query_start_gpu, seq_lens_np, input_batch.seq_lens, slot_mappings)
+        """Attention metadata of the step, of its own for layers that run on shortened requests; what the layers must
+        know is decided here and in ``prepare_inputs``."""
+        builder = MetadataBuilder(
+            input_batch,
+            block_tables,
+            attn_groups,
+            kv_cache_config,
+            self.device,
+            self.max_model_len,
+            for_capture,
+            ubatch_idx,
+        )
+        rows = self.attention_rows(builder)
+        metadata = builder.build(rows, slot_mappings)
         self.pruner.begin(input_batch)
+        plan = self.forward_plan
+        plan.reset()
+        plan.whole_spans = rows.whole_spans()
+        plan.observer = self.pruner if self.pruner.active else None
         self.runs_eagerly = cudagraph_mode.name == "NONE" and not for_capture
-        for layer in sorted({job.layer for job in self.pruner.jobs if job.layer is not None}):
-            start, rows, removed = self.pruner.shortened(query_start, layer)
-            slots = slot_mappings[:, torch.from_numpy(rows).to(self.device, non_blocking=True)]
-            start_gpu = torch.from_numpy(start).to(self.device, non_blocking=True)
-            lens = seq_lens_np - torch.from_numpy(removed)
-            lens_gpu = input_batch.seq_lens[:num_reqs] - torch.from_numpy(removed).to(self.device, non_blocking=True)
-            later = build(start, start_gpu, lens, lens_gpu, slots)
+        for layer in self.pruner.layers():
+            removed = self.pruner.removed_behind(layer, input_batch.num_reqs)
             names = {x.self_attn.attn.layer_name for x in self.model.model.layers[layer + 1 :]}
-            own = {name: entry for name, entry in later.items() if name in names}
-            metadata.update(own)
-            jobs = [job for job in self.pruner.jobs if job.layer == layer]
-            own_slots = {name: slots[self.group_of[name]] for name in own}
-            self.pruner.segments[layer] = Segment(start, own, own_slots, jobs)
+            segment = builder.segment(rows, removed, slot_mappings, self.group_of, names)
+            metadata.update(segment.metadata)
+            self.pruner.segments[layer] = segment
         return metadata
+
+    def attention_rows(self, builder: MetadataBuilder) -> AttentionRows:
+        """Which tokens of the step attend to which: prompt and canvas are one sequence here."""
+        return builder.scheduled
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Our sampler instead of vLLM's; vLLM's buffers stay reachable through it."""

@@ -1,8 +1,8 @@
 """Pruning in the step in which it happens: score, select, shorten, compact.
 
-The model calls ``StepPruner`` between its layers; the model state calls it before and after the step. Requests that
-prune are few and prune once, so per-request work here is no matter of the hot path; steps without one pass through
-``active`` alone.
+The model calls ``StepPruner`` between its layers, in steps in which it is the forward plan's observer; the model state
+calls it before and after the step. Requests that prune are few and prune once, so per-request work here is no matter of
+the hot path.
 
 C = canvas positions, N = visual tokens, P = prompt tokens before pruning, K = prompt tokens after it.
 """
@@ -12,8 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from vllm_dvlm.denoise.step import StepOutput
     from vllm_dvlm.models.llada import LLaDAAttention
+    from vllm_dvlm.worker.attention_rows import Segment
     from vllm_dvlm.worker.model_state import DiffusionModelState
     from vllm_dvlm.worker.states import RequestSlot
 
@@ -70,23 +71,11 @@ class PruneJob:
         self.spent_s += time.perf_counter() - started
 
 
-@dataclass
-class Segment:
-    """Layers behind one that shortens requests: their metadata, slots and rows.
-
-    query_start: [requests + 1] first row of each request behind the layer. host.
-    metadata: layer name to attention metadata.
-    slots: layer name to slot mapping of the remaining rows.
-    """
-
-    query_start: np.ndarray
-    metadata: dict[str, Any]
-    slots: dict[str, torch.Tensor]
-    jobs: list[PruneJob] = field(default_factory=list)
-
-
 class StepPruner:
-    """The pruning jobs of the current step. One per worker, shared by model and model state."""
+    """The pruning jobs of the current step; a ``models.forward_plan.LayerObserver``. One per worker.
+
+    segments: by layer, what the layers behind it run with; filled in by the model state.
+    """
 
     def __init__(self, state: DiffusionModelState) -> None:
         self.state = state
@@ -94,8 +83,6 @@ class StepPruner:
         self.segments: dict[int, Segment] = {}
         self._rows: torch.Tensor | None = None
         self._num_rows = 0
-        self.keeps_kv = True
-        self.final_rows: torch.Tensor | None = None
 
     @property
     def active(self) -> bool:
@@ -109,34 +96,25 @@ class StepPruner:
         self.jobs = []
         self.segments = {}
         self._rows = None
-        self.final_rows = None
-        self.keeps_kv = False
         for b, req_idx in enumerate(input_batch.idx_mapping_np.tolist()):
             slot = self.state.slots.get(req_idx)
             if slot is None or slot.req_id != input_batch.req_ids[b]:
-                self.keeps_kv = True  # a dummy batch; on a GPU it may be captured in a graph
-                continue
-            self.keeps_kv |= slot.plan.refresh_interval > 1
+                continue  # a dummy batch
             if slot.pruned_plan is None or slot.num_steps > 0:
                 continue
             self.jobs.append(self._job(slot, b, req_idx, int(input_batch.query_start_loc_np[b])))
 
-    def shortened(self, query_start: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The batch's rows behind ``layer``. query_start: [requests + 1] int32 rows before any shortening.
+    def layers(self) -> list[int]:
+        """Layers behind which requests of this step are shortened, ascending."""
+        return sorted({job.layer for job in self.jobs if job.layer is not None})
 
-        Returns:
-            (query_start behind the layer [requests + 1] int32, original rows whose KV slots are used, tokens removed
-            per request [requests] int32). A shortened request writes to the first slots of its own, so behind the
-            layer its KV lies where compaction would move it.
-        """
-        removed = np.zeros(len(query_start) - 1, dtype=np.int32)
+    def removed_behind(self, layer: int, num_reqs: int) -> np.ndarray:
+        """Tokens that each request of the batch has lost behind ``layer``. [num_reqs] int32."""
+        removed = np.zeros(num_reqs, dtype=np.int32)
         for job in self.jobs:
             if job.layer is not None and job.layer <= layer:
                 removed[job.batch_index] = job.slot.plan.total_len - job.slot.pruned_plan.total_len
-        lengths = np.diff(query_start) - removed
-        start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        rows = np.concatenate([q + np.arange(n) for q, n in zip(query_start[:-1], lengths, strict=True)])
-        return start, rows, removed
+        return removed
 
     def _job(self, slot: RequestSlot, batch_index: int, req_idx: int, first: int) -> PruneJob:
         device = self.state.device
@@ -201,7 +179,8 @@ class StepPruner:
             self._num_rows = hidden.shape[0]
             self._rows = torch.arange(hidden.shape[0], device=hidden.device)
         keep = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-        for job in segment.jobs:
+        jobs = [job for job in self.jobs if job.layer == layer]
+        for job in jobs:
             # Inside the step every canvas row is masked and none committed.
             masked = torch.ones(job.slot.plan.canvas_len, dtype=torch.bool, device=hidden.device)
             with job.timed():
@@ -210,18 +189,19 @@ class StepPruner:
             span[job.visual] = False
             span[job.visual[job.kept]] = True
         # The number of survivors is known on the host, so the indices come without waiting for the device.
-        num_kept = int(segment.query_start[-1])
+        num_kept = int(segment.rows.query_start[-1])
         index = torch.sort(keep.to(torch.int8), descending=True, stable=True).indices[:num_kept]
         self._rows = self._rows[index]
         positions, hidden, residual = positions[index], hidden[index], residual[index]
         for job in self.jobs:
-            job.first = int(segment.query_start[job.batch_index])
-        for job in segment.jobs:
+            job.first = int(segment.rows.query_start[job.batch_index])
+        for job in jobs:
             if job.slot.params.options.prune_positions == "renumber":
                 length = job.slot.pruned_plan.total_len
                 positions[job.first : job.first + length] = torch.arange(length, device=positions.device)
         context = get_forward_context()
         context.slot_mapping.update(segment.slots)
+        self.state.forward_plan.whole_spans = segment.rows.whole_spans()
         return positions, hidden, residual
 
     def finish_forward(self, hidden: torch.Tensor) -> torch.Tensor:
