@@ -3,11 +3,9 @@
 Importing this package imports neither torch nor vLLM; ``register()`` does the work.
 """
 
-# Architecture -> class, named as strings: vLLM imports the class where a model is really loaded.
-MODELS = {
-    "LlavaLLaDAModelLM": "vllm_dvlm.models.llada_v:LlavaLLaDAModelLM",
-}
-ARCHITECTURES = frozenset(MODELS)
+from vllm_dvlm.families import FAMILIES
+
+ARCHITECTURES = frozenset(FAMILIES)
 
 _registered = False
 
@@ -31,8 +29,8 @@ def register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.platforms import current_platform
 
-    from vllm_dvlm.config import LLaDAVVerifyConfig
-    from vllm_dvlm.models.configuration import LlavaLLaDAConfig
+    from vllm_dvlm.config import VerifyConfig
+    from vllm_dvlm.models.configuration import checkpoint_config
     from vllm_dvlm.models.renderer import register_renderer
     from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels, p002_validate_request
 
@@ -48,9 +46,11 @@ def register() -> None:
         if torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()
 
-    AutoConfig.register("llava_llada", LlavaLLaDAConfig, exist_ok=True)
-    for architecture, target in MODELS.items():
-        ModelRegistry.register_model(architecture, target)
-        MODELS_CONFIG_MAP[architecture] = LLaDAVVerifyConfig
+    for model_type in {family.model_type for family in FAMILIES.values()}:
+        AutoConfig.register(model_type, checkpoint_config(model_type), exist_ok=True)
+    for architecture, family in FAMILIES.items():
+        # As strings: vLLM imports the class where a model is really loaded.
+        ModelRegistry.register_model(architecture, family.model)
+        MODELS_CONFIG_MAP[architecture] = VerifyConfig
     register_renderer()
     _registered = True

@@ -40,8 +40,8 @@ class WholeSequenceModelConfig(ModelConfig):
         return False
 
 
-class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
-    """Configuration of LLaDA-V: called by vLLM for ``LlavaLLaDAModelLM``."""
+class VerifyConfig(VerifyAndUpdateConfig):
+    """Configuration of every family: called by vLLM for each of our architectures."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
@@ -206,4 +206,4 @@ def _refuse(vllm_config: VllmConfig) -> None:
     ]
     for refused, remedy in problems:
         if refused:
-            raise ValueError(f"LLaDA-V {remedy}")
+            raise ValueError(f"{model_config.hf_config.family.name} {remedy}")

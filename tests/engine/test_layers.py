@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "vllm_dvlm"
 # File pattern -> modules that it must not import, at the top or inside a function.
 FORBIDDEN = {
     "terms.py": ["torch", "vllm", "vllm_dvlm", "numpy"],
-    "families.py": ["torch", "vllm", "vllm_dvlm"],
+    "families/*.py": ["torch", "vllm", "transformers"],
     "params.py": ["torch", "vllm"],
     "denoise/*.py": ["vllm", "vllm_dvlm.worker", "vllm_dvlm.models", "vllm_dvlm.pruning", "vllm_dvlm.kv"],
     "pruning/*.py": ["vllm", "vllm_dvlm.worker", "vllm_dvlm.models", "vllm_dvlm.kv", "vllm_dvlm.denoise"],

@@ -32,7 +32,7 @@ from vllm.renderers.registry import renderer_from_config
 
 from tests import tiny_checkpoint
 from vllm_dvlm.models import processing, renderer
-from vllm_dvlm.models.configuration import LlavaLLaDAConfig
+from vllm_dvlm.models.configuration import checkpoint_config
 from vllm_dvlm.models.vision import VisionStack, build_projector
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
@@ -84,7 +84,7 @@ def engine_config(folder, **kwargs):
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    AutoConfig.register("llava_llada", LlavaLLaDAConfig, exist_ok=True)
+    AutoConfig.register("llava_llada", checkpoint_config("llava_llada"), exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, StandIn)
     renderer.register_renderer()
 

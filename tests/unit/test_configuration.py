@@ -11,6 +11,7 @@ from tests import tiny_checkpoint
 from vllm_dvlm.models.configuration import (
     LlavaLLaDAConfig,
     TokenIds,
+    checkpoint_config,
     find_vision_config,
     resolve_image_token_id,
     resolve_token_ids,
@@ -117,8 +118,21 @@ def test_survives_pickle_and_disk(checkpoint, tmp_path):
 
 
 def test_auto_config(checkpoint):
-    AutoConfig.register("llava_llada", LlavaLLaDAConfig, exist_ok=True)
+    AutoConfig.register("llava_llada", checkpoint_config("llava_llada"), exist_ok=True)
     assert isinstance(AutoConfig.from_pretrained(checkpoint), LlavaLLaDAConfig)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "said"),
+    [(["LlavaLladaForMaskedDiffusion"], "not known to vllm-dvlm"), ([], "names no architectures")],
+)
+def test_another_family_of_the_same_model_type_is_refused(tmp_path, architectures, said):
+    """Its sizes have other names, so ours would silently be the defaults of an 8B model."""
+    AutoConfig.register("llava_llada", checkpoint_config("llava_llada"), exist_ok=True)
+    config = {"model_type": "llava_llada", "architectures": architectures, "d_model": 64, "n_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{said}.*LlavaLLaDAModelLM"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def test_token_ids_of_the_official_vocabulary(checkpoint, tokenizer):

@@ -4,6 +4,7 @@ a checkpoint.
 Sources: tests/golden/llada_v/README.md, "The checkpoint" and points 10 and 24.
 """
 
+import importlib
 import json
 import re
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, SiglipVisionConfig
+
+from vllm_dvlm.families import LLADA_V, family_of
 
 # Sizes by name, for checkpoints that only name a hub tower: training writes no vision config into
 # config.json [10]. hidden, intermediate, layers, heads; image and patch size are part of the name.
@@ -23,12 +26,19 @@ _SIGLIP_SIZES = {
 }
 _SIGLIP_NAME = re.compile(r"siglip2?-(base|large|so400m|giant-opt)-patch(\d+)-(\d+)")
 
-_MASK_TEXT = "<|mdm_mask|>"
-_END_OF_TURN_TEXT = "<|eot_id|>"
-_BOS_TEXT = "<|startoftext|>"
-_EOS_TEXT = "<|endoftext|>"
-# Never written at a masked position [24]; the mask token itself is not among them.
-_FORBIDDEN_TEXTS = (_BOS_TEXT, _EOS_TEXT, "<|start_header_id|>", "<|end_header_id|>")
+
+def checkpoint_config(model_type: str) -> type[PreTrainedConfig]:
+    """The class for `AutoConfig`: reads a checkpoint with the config class of its family.
+
+    Families share model types, so `architectures` decides; ValueError for one that is not known.
+    """
+
+    def from_dict(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        module, _, name = family_of(config_dict.get("architectures")).config.partition(":")
+        return getattr(importlib.import_module(module), name).from_dict(config_dict, **kwargs)
+
+    members = {"model_type": model_type, "from_dict": classmethod(from_dict), "__module__": __name__}
+    return type("CheckpointConfig", (PreTrainedConfig,), members)
 
 
 class LlavaLLaDAConfig(PreTrainedConfig):
@@ -39,7 +49,8 @@ class LlavaLLaDAConfig(PreTrainedConfig):
     release; they override what the tokenizer says.
     """
 
-    model_type = "llava_llada"
+    family = LLADA_V
+    model_type = LLADA_V.model_type
     sub_configs = {"vision_config": SiglipVisionConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
 
@@ -183,28 +194,29 @@ def resolve_token_ids(config: Any, tokenizer: Any) -> TokenIds:
 
     Raises ValueError if there is no mask token or an explicit id lies outside the vocabulary.
     """
-    vocab = tokenizer.get_vocab()
+    vocab, texts = tokenizer.get_vocab(), config.family.tokens
     mask = _first(
         _explicit(config, "mask_token_id"),
-        vocab.get(_MASK_TEXT),
+        vocab.get(texts.mask),
         _special(tokenizer, "mask_token_id"),
     )
     if mask is None:
         raise ValueError(
-            f"No mask token: the tokenizer has neither {_MASK_TEXT!r} nor a mask_token. Name it "
+            f"No mask token: the tokenizer has neither {texts.mask!r} nor a mask_token. Name it "
             "with --hf-overrides '{\"mask_token_id\": ID}'."
         )
-    bos = _first(vocab.get(_BOS_TEXT), _special(tokenizer, "bos_token_id"), _in_vocab(config, "bos_token_id"))
-    eos = _first(vocab.get(_EOS_TEXT), _special(tokenizer, "eos_token_id"), _in_vocab(config, "eos_token_id"))
+    bos = _first(vocab.get(texts.bos), _special(tokenizer, "bos_token_id"), _in_vocab(config, "bos_token_id"))
+    eos = _first(vocab.get(texts.eos), _special(tokenizer, "eos_token_id"), _in_vocab(config, "eos_token_id"))
     forbidden = _explicit_many(config, "forbidden_token_ids")
     if forbidden is None:
-        found = [vocab[text] for text in _FORBIDDEN_TEXTS if text in vocab]
-        forbidden = [*found, *(i for i in (bos, eos) if i is not None)]
+        forbidden = [vocab[text] for text in texts.forbidden if text in vocab]
+        if texts.bos in texts.forbidden:
+            forbidden += [i for i in (bos, eos) if i is not None]
     return TokenIds(
         mask_token_id=mask,
         bos_token_id=bos,
         eos_token_id=eos,
-        end_of_turn_token_id=_first(_explicit(config, "end_of_turn_token_id"), vocab.get(_END_OF_TURN_TEXT)),
+        end_of_turn_token_id=_first(_explicit(config, "end_of_turn_token_id"), vocab.get(texts.end_of_turn)),
         forbidden_token_ids=tuple(sorted(set(forbidden))),
         num_tokens=len(tokenizer),
     )
