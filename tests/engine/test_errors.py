@@ -61,6 +61,7 @@ def refused(front_end, match, prompt=None, **params):
     with pytest.raises(ValueError, match=match) as caught:
         front_end.send(prompt, **params)
     assert isinstance(caught.value, VLLMValidationError), "HTTP 400"
+    assert len(str(caught.value)) < 1500, "does not repeat what it was sent"
     return caught.value
 
 
@@ -106,6 +107,13 @@ OPTIONS = [
     ({"diffusion_suffix": 5}, "diffusion_suffix must be text"),
     ({"diffusion_suffix": "a<|mdm_mask|>"}, "diffusion_suffix must not contain the mask token"),
     ({"diffusion_suffix": " word" * MAX_CANVAS}, "canvas and suffix together exceed.*diffusion_suffix"),
+    ({"diffusion_suffix": "x" * 700_000}, "diffusion_suffix has 700000 characters; use at most 4096"),
+    ({"diffusion_suffix": ["x" * 700_000]}, "diffusion_suffix must be text"),
+    ({"x" * 700_000: 1}, r"^x+\.\.\. is not a known option"),
+    ({"diffusion_remasking": "x" * 700_000}, "diffusion_remasking must be one of"),
+    ({"session_id": "x" * 2000}, "session_id must be a text of at most 1024 characters"),
+    ({"session_id": ["x"] * 2000}, "session_id must be a text of at most 1024 characters"),
+    ({"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params.*remove it"),
     ({"diffusion_stream": "provisional"}, "diffusion_stream"),
     ({"diffusion_trace": 2}, "diffusion_trace must be 0 or 1"),
     ({"diffusion_trace": 1}, "diffusion_trace: this server writes no traces.*trace_dir"),
@@ -120,7 +128,7 @@ def test_bad_option(front_end, options, match):
     error = refused(front_end, match, extra_args=options)
     assert isinstance(error, InvalidRequest)
     # One of the options at fault is named in the field that OpenAI clients read.
-    assert error.parameter.split("_")[0] in " ".join(options)
+    assert error.parameter.split("_")[0].rstrip(".") in " ".join(options)
 
 
 PARAMETERS = [
@@ -148,6 +156,147 @@ def test_unsupported_sampling_parameter(front_end, params, name):
     assert error.parameter == name
 
 
+NOTHING = [
+    {"logit_bias": {}},
+    {"logit_bias": {5: 0.0, 6: -0.0}},
+    {"bad_words": []},
+    {"logprob_token_ids": []},
+    {"stop": [], "stop_token_ids": []},
+    {"presence_penalty": -0.0, "frequency_penalty": 0, "repetition_penalty": 1},
+    {"top_p": 1, "top_k": -1, "min_p": 0.0, "temperature": 1},
+    {"top_k": 0, "temperature": 1},
+    {"top_p": 0.5, "top_k": 3},  # at temperature 0, which takes the best token whatever they say
+    {"min_tokens": 0, "thinking_token_budget": -1},
+    {"repetition_detection": RepetitionDetectionParams()},
+    {"extra_args": {}},
+    {"extra_args": {"session_id": "a", "kv_cache_report_mode": "full"}},
+]
+
+
+@pytest.mark.parametrize("params", NOTHING, ids=str)
+def test_parameters_that_ask_for_nothing_pass(front_end, params):
+    assert front_end.send(**params)
+
+
+def test_stop_ids_that_no_reply_contains(front_end):
+    """Such an id would stop a reply before it began, or never."""
+    limits = front_end.renderer.prompt_limits
+    ids = limits.token_ids
+    roles = {ids.mask_token_id: "mask token", limits.image_token_id: "image", ids.num_tokens: "tokenizer"}
+    roles |= {token_id: "never writes" for token_id in ids.forbidden_token_ids if token_id != ids.mask_token_id}
+    assert {ids.bos_token_id, ids.eos_token_id} & roles.keys(), "tokens that begin and end a text"
+    for token_id, role in roles.items():
+        error = refused(front_end, f"stop_token_ids.*{token_id}.*({role}|image)", stop_token_ids=[300, token_id])
+        assert error.parameter == "stop_token_ids"
+    good = [300, ids.end_of_turn_token_id]
+    assert front_end.send(stop_token_ids=good).sampling_params.stop_token_ids == good
+
+
+def test_end_tokens_of_the_generation_config_are_no_requests_own(checkpoint, tmp_path):
+    """vLLM adds them to every request's stop ids behind our check; LLaDA's file names a token that is never written."""
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 1, 2, 3, 300]}')
+    made = FrontEnd(engine_config(checkpoint, generation_config=str(tmp_path)))
+    try:
+        assert 300 in made.send().sampling_params.stop_token_ids
+    finally:
+        made.renderer.shutdown()
+
+
+TOO_LONG = [
+    ({"stop_token_ids": list(range(300, 300 + 129))}, "stop_token_ids has 129 ids; use at most 128"),
+    ({"stop_token_ids": [300 + i % 500 for i in range(100_000)]}, "stop_token_ids has 500 ids; use at most 128"),
+    ({"stop": ["x" + str(i) for i in range(129)]}, "stop has 129 strings; use at most 128"),
+    ({"stop": "x" * 700_000}, "stop has a string of 700000 characters; use at most 1024"),
+]
+
+
+@pytest.mark.parametrize(("params", "match"), TOO_LONG, ids=[match for _, match in TOO_LONG])
+def test_every_list_and_text_has_a_bound(front_end, params, match):
+    refused(front_end, match, **params)
+
+
+def test_as_many_as_allowed_pass(front_end):
+    params = {"stop_token_ids": list(range(300, 428)), "stop": ["x" * 1024] * 128, "logprobs": 20}
+    assert len(front_end.send(**params).sampling_params.stop_token_ids) == 128
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 1}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+RESPONSE = {"input": "Hi", "temperature": 1}
+# Endpoint, what the body says, what the refusal must name and may not (names that vLLM made of it); None: it passes.
+SPELLED = [
+    ("chat", {"logit_bias": {}, "bad_words": [], "logprob_token_ids": [], "stop": None}, None, None),
+    ("chat", {"response_format": {"type": "text"}, "tools": [TOOL], "tool_choice": "none"}, None, None),
+    ("chat", {"echo": True}, None, None),
+    ("chat", {"echo": True, "logprobs": True}, None, None),
+    ("chat", {"max_completion_tokens": 2000, "logprobs": True, "top_logprobs": 3}, None, None),
+    ("chat", {"echo": True, "logprobs": True, "top_logprobs": 2}, "echo with top_logprobs", "prompt_logprobs"),
+    ("chat", {"prompt_logprobs": 0}, "prompt_logprobs=0", "echo"),
+    ("chat", {"response_format": {"type": "json_object"}}, "response_format", "structured_outputs"),
+    ("chat", {"response_format": SCHEMA}, "response_format", "structured_outputs"),
+    ("chat", {"structured_outputs": {"regex": "a"}}, "structured_outputs", "response_format"),
+    ("chat", {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "structured_outputs"),
+    ("chat", {"tools": [TOOL], "tool_choice": TOOL | {"function": {"name": "look"}}}, "tool_choice", None),
+    ("chat", {"logit_bias": {"5": 1}}, "logit_bias", None),
+    (
+        "chat",
+        {"max_completion_tokens": 64, "vllm_xargs": {"diffusion_suffix": " a" * 99}},
+        "diffusion_suffix",
+        "max_tokens",
+    ),
+    ("completion", {"logit_bias": {}, "response_format": {"type": "text"}, "stop_token_ids": None}, None, None),
+    ("completion", {"echo": True}, None, None),
+    ("completion", {"echo": True, "logprobs": 1}, "echo with logprobs", "prompt_logprobs"),
+    ("completion", {"prompt_logprobs": 1}, "prompt_logprobs=1", "echo"),
+    ("completion", {"response_format": {"type": "json_object"}}, "response_format", None),
+    ("completion", {"structured_outputs": {"choice": ["a"]}}, "structured_outputs", None),
+    ("response", {"logit_bias": {}, "text": {"format": {"type": "text"}}, "tools": []}, None, None),
+    ("response", {"text": {"format": {"type": "json_object"}}}, "text.format", None),
+    ("response", {"top_p": 0.5}, "top_p=0.5", None),
+    ("response", {"stop_token_ids": list(range(300, 500))}, "stop_token_ids has 200", None),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "body", "named", "unnamed"), SPELLED, ids=str)
+def test_refusals_name_what_the_request_says(front_end, endpoint, body, named, unnamed):
+    """Each request through vLLM's own protocol, renderer and translation, as its endpoint does it."""
+    import asyncio
+
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    online = OnlineRenderer(
+        front_end.renderer.model_config,
+        front_end.renderer,
+        request_logger=None,
+        chat_template=None,
+        chat_template_content_format="auto",
+        tool_parser="hermes",
+        enable_auto_tools=True,
+    )
+    if endpoint == "chat":
+        request = ChatCompletionRequest(**CHAT, **body)
+        prompt = asyncio.run(online.render_chat(request))[1][0]
+    elif endpoint == "completion":
+        request = CompletionRequest(prompt="Hi", temperature=1, **body)
+        prompt = asyncio.run(online.render_completion(request))[0]
+    else:
+        request = ResponsesRequest(**RESPONSE, **body)
+        prompt = asyncio.run(online.render_responses(request)).engine_input
+    params = request.to_sampling_params(body.get("max_completion_tokens", 16), {})
+    if named is None:
+        sent = front_end.processor.process_inputs("r", prompt, params, ("generate",)).sampling_params
+        assert sent.prompt_logprobs is None, "no work that nobody asked for"
+        return
+    with pytest.raises(ValueError, match=named.replace(".", r"\.")) as caught:
+        front_end.processor.process_inputs("r", prompt, params, ("generate",))
+    assert unnamed is None or unnamed not in str(caught.value)
+    assert caught.value.parameter in {None, *body, *body.get("vllm_xargs", {})}, "what clients read"
+
+
 def test_beam_search(front_end):
     """The parameters are those of vllm/entrypoints/generate/beam_search; its prompts bypass the renderer."""
     params = SamplingParams(logprobs=4, max_tokens=1, temperature=0, watermarking=False, detokenize=False)
@@ -166,6 +315,15 @@ def test_prompt_and_canvas_must_fit(front_end):
     assert front_end.send({"prompt_token_ids": [300] * room}, max_tokens=None)
     refused(front_end, "maximum.*length", {"prompt_token_ids": [300] * (MAX_MODEL_LEN + 1)})
     refused(front_end, "positions|maximum", {"prompt_token_ids": [300] * MAX_MODEL_LEN})
+
+
+def test_a_length_that_the_engine_found_after_start_up(front_end, monkeypatch):
+    """``--max-model-len auto``: the engine tells the front end how many positions fit, behind our back."""
+    prompt = {"prompt_token_ids": [300] * 1000}
+    assert front_end.send(prompt, max_tokens=16)
+    monkeypatch.setattr(front_end.renderer.model_config, "max_model_len", 1010)
+    error = refused(front_end, "exceed the model's 1010 positions", prompt, max_tokens=16)
+    assert error.parameter == "max_tokens"
 
 
 def test_bad_prompts(front_end):
