@@ -258,7 +258,7 @@ SPELLED = [
 ]
 
 
-@pytest.mark.parametrize(("endpoint", "body", "named", "unnamed"), SPELLED, ids=str)
+@pytest.mark.parametrize(("endpoint", "body", "named", "unnamed"), SPELLED, ids=lambda value: str(value)[:50])
 def test_refusals_name_what_the_request_says(front_end, endpoint, body, named, unnamed):
     """Each request through vLLM's own protocol, renderer and translation, as its endpoint does it."""
     import asyncio
@@ -317,7 +317,7 @@ def test_prompt_and_canvas_must_fit(front_end):
     refused(front_end, "positions|maximum", {"prompt_token_ids": [300] * MAX_MODEL_LEN})
 
 
-def test_a_length_that_the_engine_found_after_start_up(front_end, monkeypatch):
+def test_a_length_that_the_engine_finds_later(front_end, monkeypatch):
     """``--max-model-len auto``: the engine tells the front end how many positions fit, behind our back."""
     prompt = {"prompt_token_ids": [300] * 1000}
     assert front_end.send(prompt, max_tokens=16)
