@@ -401,6 +401,36 @@ START_UP = [
     ({"max_num_scheduled_tokens": 64}, "--max-num-batched-tokens instead of --max-num-scheduled-tokens"),
     ({"additional_config": {"dvlm": {"prune_method": "fastv", "prune_layer": 9}}}, "prune_layer must be from 1 to 3"),
     ({"tokenizer_mode": "slow"}, "tokenizer"),
+    ({"logprobs_mode": "raw_logits"}, "remove --logprobs-mode raw_logits"),
+    ({"logprobs_mode": "processed_logprobs"}, "remove --logprobs-mode processed_logprobs"),
+    ({"logits_processors": ["mine:Processor"]}, "remove --logits-processors"),
+    ({"return_sampling_mask": True, "logprobs_mode": "processed_logprobs"}, "remove --return-sampling-mask"),
+    ({"enable_trace_replay": True}, "remove --enable-trace-replay"),
+    ({"skip_tokenizer_init": True}, "remove --skip-tokenizer-init"),
+    ({"runner": "pooling", "convert": "embed"}, "remove --runner pooling"),
+    ({"convert": "embed"}, "remove --(runner|convert)"),
+    ({"override_generation_config": {"top_p": 0.9}}, "the others from --override-generation-config"),
+    ({"mm_processor_cache_type": "shm"}, "remove --mm-processor-cache-type shm"),
+    ({"enable_mm_embeds": True}, "remove --enable-mm-embeds"),
+    ({"mm_encoder_only": True}, "remove --mm-encoder-only"),
+    ({"mm_encoder_attn_dtype": "fp8"}, "remove --mm-encoder-attn-dtype fp8"),
+    ({"video_pruning_rate": 0.5}, "remove --video-pruning-rate"),
+    ({"long_prefill_token_threshold": 64}, "remove --long-prefill-token-threshold"),
+    ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
+    ({"kv_sharing_fast_prefill": True}, "remove --kv-sharing-fast-prefill"),
+    ({"kv_offloading_size": 1}, "remove --kv-offloading-size"),
+    ({"kv_events_config": {"enable_kv_cache_events": True}}, "remove --kv-events-config"),
+    ({"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2}, "remove --enable-batch-sharded-sampling"),
+    ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "remove --enable-expert-parallel"),
+    ({"enable_dbo": True, "all2all_backend": "deepep_low_latency"}, "remove --enable-dbo"),
+    ({"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "remove.*--ubatch-size"),
+    ({"watermark_config": {"algorithm": "gumbel", "key": 1}}, "remove --watermark-config"),
+    ({"diffusion_config": {"canvas_length": 8}}, "remove --diffusion-config"),
+    ({"compilation_config": {"mode": 3}}, "remove mode from --compilation-config"),
+    ({"compilation_config": {"compile_mm_encoder": True}}, "remove compile_mm_encoder"),
+    ({"tensor_parallel_size": 3}, "4 attention heads.*--tensor-parallel-size 3 does not divide.*use 1, 2"),
+    ({"additional_config": {"max_canvas_length": 5}}, 'takes max_canvas_length inside "dvlm"'),
+    ({"additional_config": {"dlvm": {"max_canvas_length": 5}}}, "finds its settings under \"dvlm\", not 'dlvm'"),
     ({"additional_config": {"dvlm": {"max_canvas_lenght": 5}}}, "max_canvas_lenght.*did you mean max_canvas_length"),
     ({"additional_config": {"dvlm": {"max_canvas_length": "5"}}}, "max_canvas_length must be an integer"),
     ({"additional_config": {"dvlm": {"diffusion_remasking": "x"}}}, "diffusion_remasking must be one of"),
@@ -412,6 +442,31 @@ START_UP = [
 def test_refused_at_start_up(checkpoint, changes, match):
     with pytest.raises(ValueError, match=match):
         engine_config(checkpoint, **changes)
+
+
+@pytest.mark.parametrize("name", ["VLLM_COMPUTE_NANS_IN_LOGITS", "VLLM_RAISE_ON_LOGIT_NANS", "VLLM_USE_RUST_FRONTEND"])
+def test_switches_of_the_environment(checkpoint, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=f"unset {name}"):
+        engine_config(checkpoint)
+    monkeypatch.setenv(name, "0")
+    assert engine_config(checkpoint)
+
+
+def test_a_config_that_the_hooks_have_seen_passes_again(checkpoint):
+    """vLLM builds copies of configs; what we have set there is not the user's."""
+    config = engine_config(checkpoint)
+    config.model_config.config_updated = False
+    config.diffusion_config = None
+    config.try_verify_and_update_config()
+    assert len(config.model_config.logits_processors) == 1
+
+
+def test_a_checkpoint_that_suggests_penalties(checkpoint, tmp_path):
+    """Suggestions for other kinds of models; they would refuse every request."""
+    (tmp_path / "generation_config.json").write_text('{"presence_penalty": 0.5, "top_k": 5, "temperature": 0.3}')
+    found = engine_config(checkpoint, generation_config=str(tmp_path)).model_config.get_diff_sampling_param()
+    assert (found["presence_penalty"], found["top_k"], found["temperature"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("given", [None, False])
