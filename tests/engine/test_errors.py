@@ -6,6 +6,7 @@ Over HTTP: test_server.py.
 
 import io
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -460,6 +461,23 @@ def test_a_config_that_the_hooks_have_seen_passes_again(checkpoint):
     config.diffusion_config = None
     config.try_verify_and_update_config()
     assert len(config.model_config.logits_processors) == 1
+
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
+
+
+@pytest.mark.parametrize(("ranks", "mode"), [(1, "weights"), (2, "data")])
+def test_a_tower_that_the_ranks_do_not_divide_is_copied(ranks, mode):
+    """The demo model's tower has three heads; its text model has four."""
+    args = EngineArgs(model=str(DEMO), tensor_parallel_size=ranks, distributed_executor_backend="mp")
+    config = args.create_engine_config()
+    assert config.model_config.hf_config.vision_config.num_attention_heads == 3
+    assert config.model_config.multimodal_config.mm_encoder_tp_mode == mode
+
+
+def test_a_tower_that_the_ranks_divide_is_cut(checkpoint):
+    config = engine_config(checkpoint, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert config.model_config.multimodal_config.mm_encoder_tp_mode == "weights"
 
 
 def test_a_checkpoint_that_suggests_penalties(checkpoint, tmp_path):
