@@ -101,10 +101,19 @@ def _refuse_unsupported(params: SamplingParams, spelling: Spelling) -> None:
             continue
         written = spelling.of(name)
         given = f"={shown(value)}" if written == name and isinstance(value, (int, float, str)) else ""
+        if written == name == "prompt_logprobs" and value == _echoed(params, spelling):
+            given += f" (which echo with {spelling.logprobs} asks for, too)"
         raise InvalidRequest(
             f"{written}{given} is not supported by masked-diffusion decoding; {rule.remedy}",
             parameter=None if " or " in written else written.split()[0],
         )
+
+
+def _echoed(params: SamplingParams, spelling: Spelling) -> int | None:
+    """What vLLM's front end makes prompt_logprobs of an echo; None if it cannot have been one."""
+    if spelling is OWN_NAMES:
+        return None
+    return 0 if params.logprobs is None and spelling.is_chat else params.logprobs
 
 
 def _check_stops(params: SamplingParams, limits: PromptLimits | None) -> None:
@@ -113,11 +122,11 @@ def _check_stops(params: SamplingParams, limits: PromptLimits | None) -> None:
     if isinstance(strings, str):
         strings = [strings]
     if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidRequest(f"stop has {len(strings)} strings; use at most {MAX_STOP_STRINGS}", parameter="stop")
+        raise InvalidRequest(f"stop: {len(strings)} strings; use at most {MAX_STOP_STRINGS}", parameter="stop")
     longest = max(map(len, strings), default=0)
     if longest > MAX_STOP_CHARACTERS:
         raise InvalidRequest(
-            f"stop has a string of {longest} characters; use at most {MAX_STOP_CHARACTERS}", parameter="stop"
+            f"stop: a string of {longest} characters; use at most {MAX_STOP_CHARACTERS}", parameter="stop"
         )
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(

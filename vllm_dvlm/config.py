@@ -6,6 +6,7 @@ What we need is set; what we cannot do is refused here, at start-up, with the re
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from vllm import envs
@@ -80,6 +81,7 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         resolve({}, None, settings)
         scheduler_config = vllm_config.scheduler_config
         _choose_dtype(model_config, settings)
+        _name_processors_that_do_nothing()
         _copy_towers_that_cannot_be_cut(vllm_config)
         vllm_config.additional_config = {**(vllm_config.additional_config or {}), "dvlm": settings.to_mapping()}
         # Canvases live on the worker, so nothing travels over vLLM's draft-token path; but a config must be there,
@@ -184,6 +186,13 @@ def _refuse(vllm_config: VllmConfig) -> None:
             text.intermediate_size,
         )
     )
+
+
+def _name_processors_that_do_nothing() -> None:
+    """Packages may bring logits processors, which vLLM loads for every model; nobody asked for them by a flag."""
+    names = sorted(point.name for point in entry_points(group="vllm.logits_processors"))
+    if names:
+        logger.warning("Installed logits processors do not act on %s: %s", LLADA_V.name, ", ".join(names))
 
 
 def _raise(problem: str | None) -> None:

@@ -140,10 +140,17 @@ def spelling_of(tok_params: Any, chat_params: Any = None) -> Spelling:
         return Spelling("top_logprobs", max_tokens, " or ".join(named))
     if chat_params is None:
         return Spelling("logprobs", max_tokens, "response_format or structured_outputs", echo)
-    response_format = chat_params.response_format
-    named = ["response_format"] if getattr(response_format, "type", "text") != "text" else []
-    named += _tools(chat_params)
+    named = [*_formats(chat_params.response_format), *_tools(chat_params)]
     return Spelling("top_logprobs", max_tokens, " or ".join(named or ["structured_outputs"]), echo, is_chat=True)
+
+
+def _formats(response_format: Any) -> list[str]:
+    if getattr(response_format, "type", "text") == "text":
+        return []
+    # The Messages API's output format becomes a response format whose schema vLLM names so.
+    schema = getattr(response_format, "json_schema", None)
+    is_from_messages = getattr(schema, "name", None) == "json_schema"
+    return ["response_format", "output_config.format"] if is_from_messages else ["response_format"]
 
 
 def _tools(chat_params: Any) -> list[str]:

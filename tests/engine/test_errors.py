@@ -206,8 +206,8 @@ def test_end_tokens_of_the_generation_config_are_no_requests_own(checkpoint, tmp
 TOO_LONG = [
     ({"stop_token_ids": list(range(300, 300 + 129))}, "stop_token_ids has 129 ids; use at most 128"),
     ({"stop_token_ids": [300 + i % 500 for i in range(100_000)]}, "stop_token_ids has 500 ids; use at most 128"),
-    ({"stop": ["x" + str(i) for i in range(129)]}, "stop has 129 strings; use at most 128"),
-    ({"stop": "x" * 700_000}, "stop has a string of 700000 characters; use at most 1024"),
+    ({"stop": ["x" + str(i) for i in range(129)]}, "stop: 129 strings; use at most 128"),
+    ({"stop": "x" * 700_000}, "stop: a string of 700000 characters; use at most 1024"),
 ]
 
 
@@ -233,7 +233,8 @@ SPELLED = [
     ("chat", {"echo": True, "logprobs": True}, None, None),
     ("chat", {"max_completion_tokens": 2000, "logprobs": True, "top_logprobs": 3}, None, None),
     ("chat", {"echo": True, "logprobs": True, "top_logprobs": 2}, "echo with top_logprobs", "prompt_logprobs"),
-    ("chat", {"prompt_logprobs": 0}, "prompt_logprobs=0", "echo"),
+    ("chat", {"prompt_logprobs": 1}, "prompt_logprobs=1", "echo"),
+    ("chat", {"echo": True, "return_token_ids": True, "logprobs": True, "top_logprobs": 2}, "echo", None),
     ("chat", {"response_format": {"type": "json_object"}}, "response_format", "structured_outputs"),
     ("chat", {"response_format": SCHEMA}, "response_format", "structured_outputs"),
     ("chat", {"structured_outputs": {"regex": "a"}}, "structured_outputs", "response_format"),
@@ -249,6 +250,7 @@ SPELLED = [
     ("completion", {"logit_bias": {}, "response_format": {"type": "text"}, "stop_token_ids": None}, None, None),
     ("completion", {"echo": True}, None, None),
     ("completion", {"echo": True, "logprobs": 1}, "echo with logprobs", "prompt_logprobs"),
+    ("completion", {"echo": True, "return_token_ids": True, "logprobs": 1}, "echo", None),
     ("completion", {"prompt_logprobs": 1}, "prompt_logprobs=1", "echo"),
     ("completion", {"response_format": {"type": "json_object"}}, "response_format", None),
     ("completion", {"structured_outputs": {"choice": ["a"]}}, "structured_outputs", None),
@@ -295,7 +297,7 @@ def test_refusals_name_what_the_request_says(front_end, endpoint, body, named, u
     with pytest.raises(ValueError, match=named.replace(".", r"\.")) as caught:
         front_end.processor.process_inputs("r", prompt, params, ("generate",))
     assert unnamed is None or unnamed not in str(caught.value)
-    assert caught.value.parameter in {None, *body, *body.get("vllm_xargs", {})}, "what clients read"
+    assert caught.value.parameter in {None, "prompt_logprobs", *body, *body.get("vllm_xargs", {})}, "what clients read"
 
 
 def test_beam_search(front_end):
