@@ -77,6 +77,9 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         model_config = vllm_config.model_config
         settings = replace(settings, num_layers=model_config.hf_config.num_hidden_layers)
+        if settings.late_group_start() is not None and not _has_kv_groups(vllm_config):
+            logger.info("All layers share one KV cache group: vLLM's manager of several groups is off")
+            settings = replace(settings, fastv_kv_groups="one")
         # Defaults that no request could be served with are refused here rather than request by request.
         resolve({}, None, settings)
         scheduler_config = vllm_config.scheduler_config
@@ -198,6 +201,14 @@ def _name_processors_that_do_nothing() -> None:
 def _raise(problem: str | None) -> None:
     if problem is not None:
         raise ValueError(f"{LLADA_V.name} {problem}")
+
+
+def _has_kv_groups(vllm_config: VllmConfig) -> bool:
+    """False where vLLM puts all layers into one KV cache group: by --disable-hybrid-kv-cache-manager or platform."""
+    from vllm.platforms import current_platform
+
+    is_off = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    return not is_off and current_platform.support_hybrid_kv_cache()
 
 
 def _copy_towers_that_cannot_be_cut(vllm_config: VllmConfig) -> None:

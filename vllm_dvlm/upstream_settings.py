@@ -230,7 +230,8 @@ HARMLESS: dict[str, str] = {
         mm_hasher_algorithm mm_shm_cache_max_object_size_mb mm_encoder_attn_backend mm_encoder_fp8_scale_path
         mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin interleave_mm_strings skip_mm_profiling
         video_pruning_method mm_tensor_ipc allow_missing_mm_embeddings mm_ipc_gpu_memory_gb""",
-    # prefill_schedule_interval is for mixtures of experts; a whole step is one input of any policy.
+    # Without the hybrid manager fastv has one KV group; prefill_schedule_interval is for mixtures of experts; a whole
+    # step is one input of any policy.
     "SchedulerConfig": """
         runner_type max_num_seqs max_num_active_seqs max_num_queued_reqs max_num_queued_tokens is_multimodal_model
         policy disable_chunked_mm_input disable_hybrid_kv_cache_manager scheduler_reserve_full_isl watermark

@@ -482,6 +482,12 @@ def test_a_tower_that_the_ranks_divide_is_cut(checkpoint):
     assert config.model_config.multimodal_config.mm_encoder_tp_mode == "weights"
 
 
+@pytest.mark.parametrize(("is_off", "groups"), [(None, "auto"), (True, "one")])
+def test_one_kv_group_where_vllm_has_no_manager_of_several(checkpoint, is_off, groups):
+    changes = {"additional_config": {"dvlm": {"prune_method": "fastv"}}, "disable_hybrid_kv_cache_manager": is_off}
+    assert engine_config(checkpoint, **changes).additional_config["dvlm"]["fastv_kv_groups"] == groups
+
+
 def test_a_checkpoint_that_suggests_penalties(checkpoint, tmp_path):
     """Suggestions for other kinds of models; they would refuse every request."""
     (tmp_path / "generation_config.json").write_text('{"presence_penalty": 0.5, "top_k": 5, "temperature": 0.3}')
