@@ -17,42 +17,52 @@ from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from vllm_dvlm.errors import InvalidRequest
-from vllm_dvlm.params import RESUME_KEY, ResolvedParams, ServerSettings, Space, check_lengths, resolve
+from vllm_dvlm.option_checks import shown
+from vllm_dvlm.params import (
+    RESUME_KEY,
+    VLLM_EXTRA_ARGS,
+    ResolvedParams,
+    ServerSettings,
+    Space,
+    check_lengths,
+    resolve,
+)
 from vllm_dvlm.pruning import create
+from vllm_dvlm.sampling_parameters import (
+    CHARACTERS_PER_TOKEN,
+    MAX_EXTRA_TEXT,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    OWN_NAMES,
+    SAMPLING_PARAMETERS,
+    Refused,
+    Spelling,
+    asks_for_nothing,
+)
 
 if TYPE_CHECKING:
     from vllm import PoolingParams
+    from vllm.config import ModelConfig
+
+    from vllm_dvlm.models.configuration import TokenIds
 
 _PREFIX = "Options_"
 
-# Parameters of vLLM that denoising does not honour: (name, neutral values, remedy).
-_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("presence_penalty", (0, None), "leave it at 0"),
-    ("frequency_penalty", (0, None), "leave it at 0"),
-    ("repetition_penalty", (1, None), "leave it at 1"),
-    ("top_p", (1, None), "leave it at 1 and use temperature"),
-    ("top_k", (0, -1, None), "leave it at 0 and use temperature"),
-    ("min_p", (0, None), "leave it at 0 and use temperature"),
-    ("min_tokens", (0, None), "leave it at 0; ignore_eos fills the whole canvas"),
-    ("logit_bias", (None,), "remove it"),
-    ("allowed_token_ids", (None,), "remove it"),
-    ("bad_words", (None, []), "remove it"),
-    ("prompt_logprobs", (None,), "remove it; logprobs of the reply are available"),
-    ("prompt_logprob_token_ids", (None,), "remove it"),
-    ("logprob_token_ids", (None,), "remove it; use logprobs=N"),
-    ("structured_outputs", (None,), "remove response_format and guided options"),
-    ("repetition_detection", (None,), "remove it"),
-    ("thinking_token_budget", (None,), "remove it"),
-    ("trace_decode_token_ids", (None,), "remove it"),
-)
-
 
 def check_sampling_params(
-    params: SamplingParams, settings: ServerSettings, space: Space | None = None
+    params: SamplingParams,
+    settings: ServerSettings,
+    space: Space | None = None,
+    spelling: Spelling = OWN_NAMES,
+    limits: PromptLimits | None = None,
 ) -> ResolvedParams:
     """InvalidRequest naming the parameter and the remedy, for what is wrong whatever the prompt says.
 
-    space: what the prompt leaves; None if the prompt is not known. Returns what the options come to.
+    space: what the prompt leaves; None if the prompt is not known.
+    spelling: the names that the request's API has for parameters.
+    limits: knows the ids with a role in decoding; None if no renderer of ours has been made in this process.
+    Returns what the options come to.
     """
     if _is_beam_search(params):
         raise InvalidRequest(
@@ -60,18 +70,16 @@ def check_sampling_params(
             "decoding; use n > 1 with a temperature above 0",
             parameter="use_beam_search",
         )
-    for name, neutral, remedy in _UNSUPPORTED:
-        value = getattr(params, name, None)
-        # Arrays would compare element by element.
-        if not any(value is n or (isinstance(value, (int, float, list)) and value == n) for n in neutral):
-            shown = f"={value!r}" if isinstance(value, (int, float, str)) else ""
-            raise InvalidRequest(
-                f"{name}{shown} is not supported by masked-diffusion decoding; {remedy}", parameter=name
-            )
+    _refuse_unsupported(params, spelling)
     if params.logprobs is not None and params.logprobs < 0:
-        raise InvalidRequest("logprobs must be at least 0 for masked-diffusion decoding", parameter="logprobs")
-    if RESUME_KEY in (params.extra_args or {}):
-        raise InvalidRequest(f"{RESUME_KEY} is not an option; remove it", parameter=RESUME_KEY)
+        name = spelling.of("logprobs")
+        raise InvalidRequest(
+            f"{name}={params.logprobs} asks for the whole vocabulary, which is not supported by masked-diffusion "
+            "decoding; ask for a number of tokens, at least 0",
+            parameter=name,
+        )
+    _check_stops(params, limits)
+    _check_extra_args(params.extra_args or {}, settings)
     with _refusals():
         resolved = resolve(params.extra_args, params.max_tokens, settings, space)
         options = resolved.options
@@ -79,6 +87,79 @@ def check_sampling_params(
             # A method of a third party says for itself which rows it takes.
             create(options.prune_method, options.prune_rows)
     return resolved
+
+
+def _refuse_unsupported(params: SamplingParams, spelling: Spelling) -> None:
+    if spelling.is_chat and spelling.asked_echo and params.prompt_logprobs == 0:
+        # An echo alone: nobody asked for log-probabilities of the prompt, vLLM's translation did.
+        params.prompt_logprobs = None
+    for name, rule in SAMPLING_PARAMETERS.items():
+        if not isinstance(rule, Refused):
+            continue
+        value = getattr(params, name, None)
+        if asks_for_nothing(name, value):
+            continue
+        written = spelling.of(name)
+        given = f"={shown(value)}" if written == name and isinstance(value, (int, float, str)) else ""
+        if written == name == "prompt_logprobs" and value == _echoed(params, spelling):
+            given += f" (which echo with {spelling.logprobs} asks for, too)"
+        raise InvalidRequest(
+            f"{written}{given} is not supported by masked-diffusion decoding; {rule.remedy}",
+            parameter=None if " or " in written else written.split()[0],
+        )
+
+
+def _echoed(params: SamplingParams, spelling: Spelling) -> int | None:
+    """What vLLM's front end makes prompt_logprobs of an echo; None if it cannot have been one."""
+    if spelling is OWN_NAMES:
+        return None
+    return 0 if params.logprobs is None and spelling.is_chat else params.logprobs
+
+
+def _check_stops(params: SamplingParams, limits: PromptLimits | None) -> None:
+    """Bounds of what ends a reply, and that it can."""
+    strings, ids = params.stop or [], params.stop_token_ids or []
+    if isinstance(strings, str):
+        strings = [strings]
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"stop: {len(strings)} strings; use at most {MAX_STOP_STRINGS}", parameter="stop")
+    longest = max(map(len, strings), default=0)
+    if longest > MAX_STOP_CHARACTERS:
+        raise InvalidRequest(
+            f"stop: a string of {longest} characters; use at most {MAX_STOP_CHARACTERS}", parameter="stop"
+        )
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(
+            f"stop_token_ids has {len(ids)} ids; use at most {MAX_STOP_TOKEN_IDS}", parameter="stop_token_ids"
+        )
+    for token_id in ids if limits is not None else ():
+        role = limits.role_of(token_id)
+        if role is not None:
+            raise InvalidRequest(
+                f"stop_token_ids: no reply contains id {token_id}, {role}; remove it", parameter="stop_token_ids"
+            )
+
+
+def _check_extra_args(extra_args: Mapping[str, Any], settings: ServerSettings) -> None:
+    """Bounds of texts, before anybody tokenizes them, and keys that are none of our options."""
+    suffix, most = extra_args.get("diffusion_suffix"), CHARACTERS_PER_TOKEN * settings.max_canvas_length
+    if isinstance(suffix, str) and len(suffix) > most:
+        raise InvalidRequest(
+            f"diffusion_suffix has {len(suffix)} characters; use at most {most}, and no more tokens than fit behind "
+            f"the canvas into max_canvas_length {settings.max_canvas_length}",
+            parameter="diffusion_suffix",
+        )
+    if RESUME_KEY in extra_args:
+        raise InvalidRequest(f"{RESUME_KEY} is not an option; remove it", parameter=RESUME_KEY)
+    for key in ("kv_transfer_params", "ec_transfer_params"):
+        if key in extra_args:
+            raise InvalidRequest(
+                f"{key}: this server neither sends nor receives what another has computed; remove it", parameter=key
+            )
+    for key in VLLM_EXTRA_ARGS & extra_args.keys():
+        value = extra_args[key]
+        if isinstance(value, (list, tuple, dict)) or len(str(value)) > MAX_EXTRA_TEXT:
+            raise InvalidRequest(f"{key} must be a text of at most {MAX_EXTRA_TEXT} characters", parameter=key)
 
 
 @contextmanager
@@ -102,23 +183,58 @@ def _is_beam_search(params: SamplingParams) -> bool:
 class PromptLimits:
     """What a prompt is checked against, attached to it by the renderer under ``PROMPT_LIMITS_KEY``.
 
+    model_config: vLLM's; its ``max_model_len`` may shrink after the renderer is made (``--max-model-len auto``).
+    token_ids: the ids with a role in decoding.
+    image_token_id: stands for visual tokens in a prompt.
     encode: text to token ids without special tokens, for the suffix.
     """
 
     settings: ServerSettings
-    max_model_len: int
-    mask_token_id: int
+    model_config: ModelConfig
+    token_ids: TokenIds
+    image_token_id: int
     encode: Callable[[str], list[int]]
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions of the model, as of now."""
+        return self.model_config.max_model_len
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token of an undecided position."""
+        return self.token_ids.mask_token_id
 
     def space(self, prompt_len: int) -> Space:
         """What a prompt of this length leaves for canvas and suffix."""
         return Space(self.max_model_len - prompt_len, lambda text: len(self.encode(text)) if text else 0)
 
+    def role_of(self, token_id: int) -> str | None:
+        """What keeps an id out of every reply; None for ids that a reply may contain."""
+        ids = self.token_ids
+        if token_id == ids.mask_token_id:
+            return "the mask token, which marks positions to be filled"
+        if token_id == self.image_token_id:
+            return "which stands for an image in prompts"
+        if token_id in ids.forbidden_token_ids:
+            return "which masked-diffusion decoding never writes"
+        if not 0 <= token_id < ids.num_tokens:
+            return f"which is none of the tokenizer's {ids.num_tokens} ids"
+        return None
+
 
 PROMPT_LIMITS_KEY = "dvlm_limits"
+SPELLING_KEY = "dvlm_spelling"
 
 # Parameters that vLLM is about to validate, with the settings of their server, between its two calls.
 _noted: ContextVar[tuple[SamplingParams, ServerSettings] | None] = ContextVar("dvlm_noted", default=None)
+# The latest limits of each server of this process, for prompts that no renderer has seen.
+_limits: dict[ServerSettings, PromptLimits] = {}
+
+
+def remember(limits: PromptLimits) -> None:
+    """Called by a renderer once it knows its limits."""
+    _limits[limits.settings] = limits
 
 
 def validate_request(engine_input: Mapping[str, Any], params: SamplingParams | PoolingParams) -> None:
@@ -130,17 +246,23 @@ def validate_request(engine_input: Mapping[str, Any], params: SamplingParams | P
     _noted.set(None)
     if noted is None or noted[0] is not params:
         return
-    settings = noted[1]
-    limits: PromptLimits | None = engine_input.get(PROMPT_LIMITS_KEY)
-    if limits is None:  # some of vLLM's less common endpoints do not ask the renderer
-        check_sampling_params(params, settings)
-        return
+    # Some of vLLM's less common endpoints do not ask the renderer.
+    limits: PromptLimits | None = engine_input.get(PROMPT_LIMITS_KEY) or _limits.get(noted[1])
+    spelling: Spelling = engine_input.get(SPELLING_KEY, OWN_NAMES)
     token_ids = engine_input.get("prompt_token_ids")
-    resolved = check_sampling_params(params, settings, limits.space(len(token_ids)) if token_ids else None)
-    _check_prompt(token_ids, resolved, limits)
+    space = limits.space(len(token_ids)) if limits is not None and token_ids else None
+    resolved = check_sampling_params(params, noted[1], space, spelling, limits)
+    if limits is not None:
+        _check_prompt(token_ids, resolved, limits, params, spelling)
 
 
-def _check_prompt(token_ids: list[int] | None, resolved: ResolvedParams, limits: PromptLimits) -> None:
+def _check_prompt(
+    token_ids: list[int] | None,
+    resolved: ResolvedParams,
+    limits: PromptLimits,
+    params: SamplingParams,
+    spelling: Spelling,
+) -> None:
     if not token_ids:
         raise InvalidRequest(
             "masked-diffusion models take text or token prompts with at least one token", parameter="prompt"
@@ -150,11 +272,14 @@ def _check_prompt(token_ids: list[int] | None, resolved: ResolvedParams, limits:
             "the prompt contains the mask token, which marks positions to be filled; remove it", parameter="prompt"
         )
     suffix = limits.encode(resolved.options.diffusion_suffix) if resolved.options.diffusion_suffix else []
-    if limits.mask_token_id in suffix:
-        raise InvalidRequest("diffusion_suffix must not contain the mask token", parameter="diffusion_suffix")
+    for token_id, what in ((limits.mask_token_id, "mask token"), (limits.image_token_id, "placeholder of images")):
+        if token_id in suffix:
+            raise InvalidRequest(f"diffusion_suffix must not contain the {what}", parameter="diffusion_suffix")
     problem = check_lengths(resolved.plan(len(token_ids), len(suffix)), limits.max_model_len, limits.settings)
     if problem is not None:
-        raise InvalidRequest(problem, parameter="diffusion_canvas_length")
+        sent = [name for name in ("diffusion_canvas_length", "diffusion_suffix") if name in (params.extra_args or {})]
+        parameter = next(iter(sent), spelling.max_tokens)
+        raise InvalidRequest(problem.replace("max_tokens", spelling.max_tokens), parameter=parameter)
 
 
 class OptionsValidator(LogitsProcessor):

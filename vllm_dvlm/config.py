@@ -6,21 +6,25 @@ What we need is set; what we cannot do is refused here, at start-up, with the re
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from vllm import envs
 from vllm.config import ModelConfig
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_dvlm import upstream_settings
 from vllm_dvlm.params import ServerSettings, resolve
+from vllm_dvlm.upstream_settings import SCHEDULER, VALIDATOR_PREFIX
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger(__name__)
+    from vllm_dvlm.families import Family
 
-SCHEDULER = "vllm_dvlm.scheduler.DiffusionScheduler"
+logger = init_logger(__name__)
 
 
 class WholeSequenceModelConfig(ModelConfig):
@@ -51,6 +55,7 @@ class VerifyConfig(VerifyAndUpdateConfig):
         from vllm_dvlm.models.configuration import resolve_token_ids
         from vllm_dvlm.models.renderer import configure_model
 
+        _refuse_model_settings(model_config)
         configure_model(model_config)
         # There is no seam for it: the two properties are asked between the two hooks, and fields do not feed them.
         model_config.__class__ = WholeSequenceModelConfig
@@ -60,7 +65,8 @@ class VerifyConfig(VerifyAndUpdateConfig):
         config.end_of_turn_token_id = ids.end_of_turn_token_id
         # The reference decodes greedily unless told otherwise; OpenAI's own default would be 1. What else a
         # checkpoint's generation_config.json may suggest is not for masked diffusion, and would refuse every request.
-        neutral = {"temperature": 0.0, "repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        neutral = {"temperature": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        neutral |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
         for name, value in neutral.items():
             model_config.override_generation_config.setdefault(name, value)
 
@@ -72,10 +78,15 @@ class VerifyConfig(VerifyAndUpdateConfig):
         settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         model_config = vllm_config.model_config
         settings = replace(settings, num_layers=model_config.hf_config.num_hidden_layers)
+        if settings.late_group_start() is not None and not _has_kv_groups(vllm_config):
+            logger.info("All layers share one KV cache group: vLLM's manager of several groups is off")
+            settings = replace(settings, fastv_kv_groups="one")
         # Defaults that no request could be served with are refused here rather than request by request.
         resolve({}, None, settings)
         scheduler_config = vllm_config.scheduler_config
         _choose_dtype(model_config, settings)
+        _name_processors_that_do_nothing(model_config.hf_config.family)
+        _copy_towers_that_cannot_be_cut(vllm_config)
         vllm_config.additional_config = {**(vllm_config.additional_config or {}), "dvlm": settings.to_mapping()}
         # Canvases live on the worker, so nothing travels over vLLM's draft-token path; but a config must be there,
         # and its length sizes per-request buffers (a structured-output bitmask of length x vocabulary among them).
@@ -97,7 +108,7 @@ class VerifyConfig(VerifyAndUpdateConfig):
         scheduler_config.max_num_scheduled_tokens = None
         scheduler_config.max_num_encoder_input_tokens = max(scheduler_config.max_num_encoder_input_tokens, budget)
         scheduler_config.encoder_cache_size = max(scheduler_config.encoder_cache_size, budget)
-        validator = f"vllm_dvlm.admission:Options_{settings.to_name()}"
+        validator = f"{VALIDATOR_PREFIX}{settings.to_name()}"
         processors = list(model_config.logits_processors or [])
         if validator not in processors:
             model_config.logits_processors = [*processors, validator]
@@ -152,58 +163,70 @@ def _choose_dtype(model_config: ModelConfig, settings: ServerSettings) -> None:
         model_config.dtype = wanted
 
 
-def _refuse(vllm_config: VllmConfig) -> None:
-    """ValueError with the remedy for every setting that these models cannot run with."""
-    from vllm.config import CUDAGraphMode
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+def _refuse_model_settings(model_config: ModelConfig) -> None:
+    """ValueError with the remedy for a setting of the model that cannot be, before anything depends on it."""
+    found = upstream_settings.problem(model_config, "ModelConfig")
+    if found is None and model_config.multimodal_config is not None:
+        found = upstream_settings.problem(model_config.multimodal_config, "MultiModalConfig")
+    _raise(found, model_config)
 
-    model_config = vllm_config.model_config
-    parallel = vllm_config.parallel_config
-    scheduler = vllm_config.scheduler_config
-    cache = vllm_config.cache_config
-    problems = [
-        (
-            not vllm_config.use_v2_model_runner,
-            "needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER or set it to 1",
-        ),
-        (parallel.pipeline_parallel_size > 1, "has no pipeline parallelism: use --tensor-parallel-size instead"),
-        (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "has no context parallelism: leave the context parallel sizes at 1",
-        ),
-        (
-            vllm_config.kv_transfer_config is not None,
-            "rewrites KV rows while a request lives: remove --kv-transfer-config",
-        ),
-        (vllm_config.speculative_config is not None, "is not autoregressive: remove --speculative-config"),
-        (vllm_config.lora_config is not None, "has no LoRA support: remove --enable-lora"),
-        (
-            cache.cache_dtype not in ("auto", "float16", "bfloat16"),
-            f"turns and moves KV rows, which --kv-cache-dtype {cache.cache_dtype} does not allow: use auto",
-        ),
-        (
-            vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE),
-            "changes the number of rows inside a step: remove cudagraph_mode from --compilation-config",
-        ),
-        (
-            vllm_config.attention_config.backend is AttentionBackendEnum.FLASHINFER,
-            "plans attention twice in a step, FLASHINFER once: remove --attention-backend",
-        ),
-        (scheduler.async_scheduling is True, "must see a step's result before the next: remove --async-scheduling"),
-        (
-            cache.enable_prefix_caching,
-            "recomputes and rewrites the KV rows of its prompt: remove --enable-prefix-caching",
-        ),
-        (
-            scheduler.enable_chunked_prefill,
-            "computes prompt and canvas in one denoising step: remove --enable-chunked-prefill",
-        ),
-        (
-            scheduler.max_num_scheduled_tokens not in (None, scheduler.max_num_batched_tokens),
-            "runs whole steps: use --max-num-batched-tokens instead of --max-num-scheduled-tokens",
-        ),
-        (model_config.enable_prompt_embeds, "takes text and token prompts only: remove --enable-prompt-embeds"),
-    ]
-    for refused, remedy in problems:
-        if refused:
-            raise ValueError(f"{model_config.hf_config.family.name} {remedy}")
+
+def _refuse(vllm_config: VllmConfig) -> None:
+    """ValueError with the remedy for every other setting that these models cannot run with."""
+
+    def refuse(problem: str | None) -> None:
+        _raise(problem, vllm_config.model_config)
+
+    if not vllm_config.use_v2_model_runner:
+        refuse("needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER or set it to 1")
+    refuse(upstream_settings.environment_problem(lambda name: bool(getattr(envs, name))))
+    refuse(upstream_settings.misplaced(vllm_config.additional_config, ServerSettings.names()))
+    refuse(upstream_settings.problem(vllm_config.scheduler_config, "SchedulerConfig"))
+    refuse(upstream_settings.problem(vllm_config.cache_config, "CacheConfig"))
+    refuse(upstream_settings.problem(vllm_config.parallel_config, "ParallelConfig"))
+    refuse(upstream_settings.problem(vllm_config, "VllmConfig"))
+    text = vllm_config.model_config.hf_config
+    refuse(
+        upstream_settings.tensor_parallel_problem(
+            vllm_config.parallel_config.tensor_parallel_size,
+            text.num_attention_heads,
+            text.num_key_value_heads,
+            text.intermediate_size,
+        )
+    )
+
+
+def _name_processors_that_do_nothing(family: Family) -> None:
+    """Packages may bring logits processors, which vLLM loads for every model; nobody asked for them by a flag."""
+    names = sorted(point.name for point in entry_points(group="vllm.logits_processors"))
+    if names:
+        logger.warning("Installed logits processors do not act on %s: %s", family.name, ", ".join(names))
+
+
+def _raise(problem: str | None, model_config: ModelConfig) -> None:
+    if problem is not None:
+        raise ValueError(f"{model_config.hf_config.family.name} {problem}")
+
+
+def _has_kv_groups(vllm_config: VllmConfig) -> bool:
+    """False where vLLM puts all layers into one KV cache group: by --disable-hybrid-kv-cache-manager or platform."""
+    from vllm.platforms import current_platform
+
+    is_off = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    return not is_off and current_platform.support_hybrid_kv_cache()
+
+
+def _copy_towers_that_cannot_be_cut(vllm_config: VllmConfig) -> None:
+    """Where the ranks do not divide the vision tower, each holds it whole and takes its share of the tiles."""
+    size, model_config = vllm_config.parallel_config.tensor_parallel_size, vllm_config.model_config
+    tower = getattr(model_config.hf_config, "vision_config", None)
+    if tower is None or model_config.multimodal_config is None:
+        return
+    if tower.num_attention_heads % size or tower.intermediate_size % size:
+        logger.info(
+            "The vision tower's %d heads cannot be cut into %d parts: every rank holds the whole tower "
+            "(--mm-encoder-tp-mode data)",
+            tower.num_attention_heads,
+            size,
+        )
+        model_config.multimodal_config.mm_encoder_tp_mode = "data"

@@ -13,8 +13,16 @@ LARGEST = 2**53
 ABSENT = "none"
 
 
+def shown(value: Any) -> str:
+    """The value as a message repeats it: Python's spelling, cut to a readable length."""
+    text = repr(value[:100] if isinstance(value, (str, bytes, list, tuple)) else value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 def unknown(key: str, known: set[str], kind: str) -> str:
     """Message for a key that is not in ``known``, with the nearest one that is."""
+    if len(key) > 100:
+        key = key[:97] + "..."
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"{key} is not a known {kind}; did you mean {near[0]}? Known: {', '.join(sorted(known))}"
 
@@ -25,40 +33,40 @@ def integer(key: str, value: Any, minimum: int, maximum: int | None = None) -> i
     is_int = isinstance(value, int) and not isinstance(value, bool)
     is_integral = isinstance(value, float) and value.is_integer()
     if not (is_int or is_integral):
-        raise ValueError(f"{key} must be {allowed}, not {value!r}")
+        raise ValueError(f"{key} must be {allowed}, not {shown(value)}")
     value = int(value)
     if value > LARGEST:
         raise ValueError(f"{key} must be {allowed} and at most {LARGEST}")
     if value < minimum or (maximum is not None and value > maximum):
-        raise ValueError(f"{key} must be {allowed}, not {value}")
+        raise ValueError(f"{key} must be {allowed}, not {shown(value)}")
     return value
 
 
 def number(key: str, value: Any, allowed: str, ok: Callable[[float], bool]) -> float:
     """A finite number for which ``ok`` holds; ``allowed`` says so in words."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key} must be {allowed}, not {value!r}")
+        raise ValueError(f"{key} must be {allowed}, not {shown(value)}")
     try:
         found = float(value)
     except OverflowError:  # an integer beyond every float
         raise ValueError(f"{key} must be {allowed}") from None
     if not math.isfinite(found) or not ok(found):
-        raise ValueError(f"{key} must be {allowed}, not {value!r}")
+        raise ValueError(f"{key} must be {allowed}, not {shown(value)}")
     return found
 
 
 def choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     """One of ``allowed``."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)
-        raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {value!r}; did you mean {near[0]!r}?")
+        near = difflib.get_close_matches(str(value)[:100], allowed, n=1, cutoff=0.0)
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {shown(value)}; did you mean {near[0]!r}?")
     return value
 
 
 def text(key: str, value: Any) -> str:
     """Text."""
     if not isinstance(value, str):
-        raise ValueError(f"{key} must be text, not {value!r}")
+        raise ValueError(f"{key} must be text, not {shown(value)}")
     return value
 
 
@@ -66,7 +74,7 @@ def switch(key: str, value: Any) -> int:
     """0 or 1."""
     if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):
         return int(value)
-    raise ValueError(f"{key} must be 0 or 1, not {value!r}")
+    raise ValueError(f"{key} must be 0 or 1, not {shown(value)}")
 
 
 def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:

@@ -112,7 +112,7 @@ class ServerSettings:
         if not isinstance(raw, Mapping):
             raise ValueError(f'additional-config "dvlm" must be an object of settings, not {type(raw).__name__}')
         own = {f.name for f in fields(cls)} - {"defaults"}
-        known = own | {f.name for f in fields(DenoiseParams)}
+        known = cls.names()
         for key in raw:
             if key not in known:
                 raise ValueError(unknown(key, known, "server setting"))
@@ -132,6 +132,11 @@ class ServerSettings:
                 value = integer(key, value, minimum=1)
             settings = replace(settings, **{key: value})
         return settings
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """What the ``dvlm`` entry may say: settings, and options as defaults."""
+        return {f.name for c in (cls, DenoiseParams) for f in fields(c)} - {"defaults"}
 
     def late_group_start(self) -> int | None:
         """Layers before the late KV cache group; None if all layers share one group.

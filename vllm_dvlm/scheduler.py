@@ -7,7 +7,7 @@ scheduler sets ``num_computed_tokens`` to its start after every step.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -130,6 +130,8 @@ class DiffusionScheduler(Scheduler):
         self.counters: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._rejected: dict[str, str] = {}
+        # Ids of the latest streamed inputs.
+        self._streamed: deque[str] = deque(maxlen=64)
 
     # -- admission ---------------------------------------------------------------------------------------------
 
@@ -144,12 +146,19 @@ class DiffusionScheduler(Scheduler):
                 request.start(Plan(request.num_prompt_tokens, 0, 0, 1, 1, 1))
                 self._rejected[request.request_id] = str(error)
                 logger.warning("Request %s cannot be served: %s", request.request_id, error)
-        super().add_request(request)
+            super().add_request(request)
+        else:
+            # vLLM would take it for the next piece of a streamed input and cut the tokens of the request that lives.
+            logger.warning("Request %s is dropped: one of this id is not done yet", request.request_id)
 
     def _prepare(self, request: Request) -> None:
         params = request.sampling_params
         if params is None or request.prompt_token_ids is None:
             raise ValueError("only text generation from token or text prompts is supported")
+        if request.resumable or request.request_id in self._streamed:
+            # The end of a streamed input is a request of the same id that looks like any other.
+            self._streamed.append(request.request_id)
+            raise ValueError("a canvas sees the whole prompt: send it at once, not as a stream of inputs")
         space = Space(self.max_model_len - request.num_prompt_tokens, lambda text: len(self._suffix_ids(text)))
         resolved = resolve(params.extra_args, params.max_tokens, self.settings, space)
         suffix_ids = self._suffix_ids(resolved.options.diffusion_suffix)

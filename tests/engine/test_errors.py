@@ -6,6 +6,7 @@ Over HTTP: test_server.py.
 
 import io
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,40 +15,17 @@ from PIL import Image
 from vllm import SamplingParams
 from vllm.config import CompilationConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMValidationError
 from vllm.platforms import interface
-from vllm.renderers.registry import renderer_from_config
 from vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, StructuredOutputsParams
 from vllm.v1.engine import input_processor
 
 from tests.engine import engines
+from tests.engine.front_end import MAX_CANVAS, MAX_MODEL_LEN, FrontEnd, engine_config, refused
 from tests.golden import cases
 from vllm_dvlm.admission import PROMPT_LIMITS_KEY
 from vllm_dvlm.config import _run_eagerly
 from vllm_dvlm.errors import InvalidRequest
 from vllm_dvlm.patches.vllm import p002_validate_request
-
-MAX_MODEL_LEN = 2048
-MAX_CANVAS = 64
-SERVER = {"max_canvas_length": MAX_CANVAS, "max_image_tiles": 5}
-
-
-def engine_config(checkpoint, **changes):
-    values = {"max_model_len": MAX_MODEL_LEN, "additional_config": {"dvlm": SERVER}} | changes
-    return EngineArgs(model=str(checkpoint(seed=0)), **values).create_engine_config()
-
-
-class FrontEnd:
-    """A request's way from the user to the engine, which it does not enter."""
-
-    def __init__(self, config):
-        self.renderer = renderer_from_config(config)
-        self.processor = input_processor.InputProcessor(config, self.renderer)
-
-    def send(self, prompt=None, **params):
-        params = {"max_tokens": 16, "temperature": 0} | params
-        (engine_input,) = self.renderer.render_cmpl([prompt or {"prompt": "Hello there"}])
-        return self.processor.process_inputs("r", engine_input, SamplingParams(**params), ("generate",))
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +33,6 @@ def front_end(checkpoint):
     made = FrontEnd(engine_config(checkpoint))
     yield made
     made.renderer.shutdown()
-
-
-def refused(front_end, match, prompt=None, **params):
-    with pytest.raises(ValueError, match=match) as caught:
-        front_end.send(prompt, **params)
-    assert isinstance(caught.value, VLLMValidationError), "HTTP 400"
-    return caught.value
 
 
 def with_image(*images, text="<image>\nHi"):
@@ -106,6 +77,13 @@ OPTIONS = [
     ({"diffusion_suffix": 5}, "diffusion_suffix must be text"),
     ({"diffusion_suffix": "a<|mdm_mask|>"}, "diffusion_suffix must not contain the mask token"),
     ({"diffusion_suffix": " word" * MAX_CANVAS}, "canvas and suffix together exceed.*diffusion_suffix"),
+    ({"diffusion_suffix": "x" * 700_000}, "diffusion_suffix has 700000 characters; use at most 4096"),
+    ({"diffusion_suffix": ["x" * 700_000]}, "diffusion_suffix must be text"),
+    ({"x" * 700_000: 1}, r"^x+\.\.\. is not a known option"),
+    ({"diffusion_remasking": "x" * 700_000}, "diffusion_remasking must be one of"),
+    ({"session_id": "x" * 2000}, "session_id must be a text of at most 1024 characters"),
+    ({"session_id": ["x"] * 2000}, "session_id must be a text of at most 1024 characters"),
+    ({"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params.*remove it"),
     ({"diffusion_stream": "provisional"}, "diffusion_stream"),
     ({"diffusion_trace": 2}, "diffusion_trace must be 0 or 1"),
     ({"diffusion_trace": 1}, "diffusion_trace: this server writes no traces.*trace_dir"),
@@ -120,7 +98,7 @@ def test_bad_option(front_end, options, match):
     error = refused(front_end, match, extra_args=options)
     assert isinstance(error, InvalidRequest)
     # One of the options at fault is named in the field that OpenAI clients read.
-    assert error.parameter.split("_")[0] in " ".join(options)
+    assert error.parameter.split("_")[0].rstrip(".") in " ".join(options)
 
 
 PARAMETERS = [
@@ -243,6 +221,36 @@ START_UP = [
     ({"max_num_scheduled_tokens": 64}, "--max-num-batched-tokens instead of --max-num-scheduled-tokens"),
     ({"additional_config": {"dvlm": {"prune_method": "fastv", "prune_layer": 9}}}, "prune_layer must be from 1 to 3"),
     ({"tokenizer_mode": "slow"}, "tokenizer"),
+    ({"logprobs_mode": "raw_logits"}, "remove --logprobs-mode raw_logits"),
+    ({"logprobs_mode": "processed_logprobs"}, "remove --logprobs-mode processed_logprobs"),
+    ({"logits_processors": ["mine:Processor"]}, "remove --logits-processors"),
+    ({"return_sampling_mask": True, "logprobs_mode": "processed_logprobs"}, "remove --return-sampling-mask"),
+    ({"enable_trace_replay": True}, "remove --enable-trace-replay"),
+    ({"skip_tokenizer_init": True}, "remove --skip-tokenizer-init"),
+    ({"runner": "pooling", "convert": "embed"}, "remove --runner pooling"),
+    ({"convert": "embed"}, "remove --(runner|convert)"),
+    ({"override_generation_config": {"top_p": 0.9}}, "the others from --override-generation-config"),
+    ({"mm_processor_cache_type": "shm"}, "remove --mm-processor-cache-type shm"),
+    ({"enable_mm_embeds": True}, "remove --enable-mm-embeds"),
+    ({"mm_encoder_only": True}, "remove --mm-encoder-only"),
+    ({"mm_encoder_attn_dtype": "fp8"}, "remove --mm-encoder-attn-dtype fp8"),
+    ({"video_pruning_rate": 0.5}, "remove --video-pruning-rate"),
+    ({"long_prefill_token_threshold": 64}, "remove --long-prefill-token-threshold"),
+    ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
+    ({"kv_sharing_fast_prefill": True}, "remove --kv-sharing-fast-prefill"),
+    ({"kv_offloading_size": 1}, "remove --kv-offloading-size"),
+    ({"kv_events_config": {"enable_kv_cache_events": True}}, "remove --kv-events-config"),
+    ({"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2}, "remove --enable-batch-sharded-sampling"),
+    ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "remove --enable-expert-parallel"),
+    ({"enable_dbo": True, "all2all_backend": "deepep_low_latency"}, "remove --enable-dbo"),
+    ({"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "remove.*--ubatch-size"),
+    ({"watermark_config": {"algorithm": "gumbel", "key": 1}}, "remove --watermark-config"),
+    ({"diffusion_config": {"canvas_length": 8}}, "remove --diffusion-config"),
+    ({"compilation_config": {"mode": 3}}, "remove mode from --compilation-config"),
+    ({"compilation_config": {"compile_mm_encoder": True}}, "remove compile_mm_encoder"),
+    ({"tensor_parallel_size": 3}, "4 attention heads.*--tensor-parallel-size 3 does not divide.*use 1, 2"),
+    ({"additional_config": {"max_canvas_length": 5}}, 'takes max_canvas_length inside "dvlm"'),
+    ({"additional_config": {"dlvm": {"max_canvas_length": 5}}}, "finds its settings under \"dvlm\", not 'dlvm'"),
     ({"additional_config": {"dvlm": {"max_canvas_lenght": 5}}}, "max_canvas_lenght.*did you mean max_canvas_length"),
     ({"additional_config": {"dvlm": {"max_canvas_length": "5"}}}, "max_canvas_length must be an integer"),
     ({"additional_config": {"dvlm": {"diffusion_remasking": "x"}}}, "diffusion_remasking must be one of"),
@@ -254,6 +262,54 @@ START_UP = [
 def test_refused_at_start_up(checkpoint, changes, match):
     with pytest.raises(ValueError, match=match):
         engine_config(checkpoint, **changes)
+
+
+@pytest.mark.parametrize("name", ["VLLM_COMPUTE_NANS_IN_LOGITS", "VLLM_RAISE_ON_LOGIT_NANS", "VLLM_USE_RUST_FRONTEND"])
+def test_switches_of_the_environment(checkpoint, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=f"unset {name}"):
+        engine_config(checkpoint)
+    monkeypatch.setenv(name, "0")
+    assert engine_config(checkpoint)
+
+
+def test_a_config_that_the_hooks_have_seen_passes_again(checkpoint):
+    """vLLM builds copies of configs; what we have set there is not the user's."""
+    config = engine_config(checkpoint)
+    config.model_config.config_updated = False
+    config.diffusion_config = None
+    config.try_verify_and_update_config()
+    assert len(config.model_config.logits_processors) == 1
+
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
+
+
+@pytest.mark.parametrize(("ranks", "mode"), [(1, "weights"), (2, "data")])
+def test_a_tower_that_the_ranks_do_not_divide_is_copied(ranks, mode):
+    """The demo model's tower has three heads; its text model has four."""
+    args = EngineArgs(model=str(DEMO), tensor_parallel_size=ranks, distributed_executor_backend="mp")
+    config = args.create_engine_config()
+    assert config.model_config.hf_config.vision_config.num_attention_heads == 3
+    assert config.model_config.multimodal_config.mm_encoder_tp_mode == mode
+
+
+def test_a_tower_that_the_ranks_divide_is_cut(checkpoint):
+    config = engine_config(checkpoint, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert config.model_config.multimodal_config.mm_encoder_tp_mode == "weights"
+
+
+@pytest.mark.parametrize(("is_off", "groups"), [(None, "auto"), (True, "one")])
+def test_one_kv_group_where_vllm_has_no_manager_of_several(checkpoint, is_off, groups):
+    changes = {"additional_config": {"dvlm": {"prune_method": "fastv"}}, "disable_hybrid_kv_cache_manager": is_off}
+    assert engine_config(checkpoint, **changes).additional_config["dvlm"]["fastv_kv_groups"] == groups
+
+
+def test_a_checkpoint_that_suggests_penalties(checkpoint, tmp_path):
+    """Suggestions for other kinds of models; they would refuse every request."""
+    (tmp_path / "generation_config.json").write_text('{"presence_penalty": 0.5, "top_k": 5, "temperature": 0.3}')
+    found = engine_config(checkpoint, generation_config=str(tmp_path)).model_config.get_diff_sampling_param()
+    assert (found["presence_penalty"], found["top_k"], found["temperature"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("given", [None, False])

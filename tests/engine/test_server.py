@@ -25,6 +25,7 @@ from tests.engine.server import (
     text_of,
 )
 from tests.golden import cases
+from vllm_dvlm.bench.checkpoint_files import MASK as MASK_ID
 
 EOT_ID = 126348
 MAX_MODEL_LEN = 4096
@@ -294,7 +295,11 @@ REFUSED = {
     "top_p": (chat_of(TEXT, top_p=0.5, temperature=1), "top_p"),
     "penalty": (chat_of(TEXT, presence_penalty=1), "presence_penalty"),
     "prompt_logprobs": (chat_of(TEXT, prompt_logprobs=1), "prompt_logprobs"),
-    "echo with logprobs": (completion_of(TEXT, echo=True, logprobs=1), "prompt_logprobs"),
+    "echo with logprobs": (completion_of(TEXT, echo=True, logprobs=1), "echo with logprobs"),
+    "stop at the mask token": (chat_of(TEXT, stop_token_ids=[MASK_ID]), f"stop_token_ids.*{MASK_ID}, the mask token"),
+    "many stop ids": (chat_of(TEXT, stop_token_ids=list(range(300, 500))), "stop_token_ids has 200 ids; .*128"),
+    "long stop": (completion_of(TEXT, stop="x" * 5000), "stop: a string of 5000 characters"),
+    "long suffix": (completion_of(TEXT, xargs={"diffusion_suffix": "x" * 500_000}), "500000 characters; .*4096"),
     "greedy n": (chat_of(TEXT, n=2, temperature=0), "n must be 1"),
     "option with image": (chat_of(IMAGE, xargs={"diffusion_max_steps": 17, "diffusion_block_length": 8}), "_max_steps"),
     "empty image": (with_images(b""), "image"),
@@ -313,6 +318,18 @@ def test_bad_request_is_400_and_the_next_is_answered(server, name):
     error = server.send(body, status=400)["error"]
     assert re.search(message, error["message"], re.DOTALL), error["message"]
     assert text_of(server.send(completion_of(TEXT))) == expected(TEXT)
+
+
+NOTHING = {
+    "chat": chat_of(TEXT, logit_bias={}, bad_words=[], stop=[], stop_token_ids=None, response_format={"type": "text"}),
+    "chat, echo": chat_of(TEXT, echo=True, top_p=1, top_k=-1, logprob_token_ids=[], tools=[TOOL], tool_choice="none"),
+    "completion": completion_of(TEXT, logit_bias={"5": 0}, repetition_penalty=1.0, repetition_detection={}),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_parameters_that_ask_for_nothing(server, name):
+    assert text_of(server.send(NOTHING[name])) == expected(TEXT)
 
 
 def test_bad_requests_beside_a_running_one(server):

@@ -78,3 +78,19 @@ def test_ranks_keep_the_same_visual_tokens(two_ranks, traces, reference):
     for name in PRUNED:
         with np.load(traces / f"{two_ranks[name]['request_id']}.npz") as arrays:
             assert np.abs(arrays["importance"] - np.asarray(cases.load(name).importance)).max() < 1e-5
+
+
+def test_each_rank_with_a_whole_tower(checkpoint, tmp_path):
+    """``--mm-encoder-tp-mode data``, which a tower gets whose heads the ranks do not divide: tiles are shared out."""
+    found = run(
+        checkpoint(seed=0),
+        tmp_path / "out.json",
+        engine={
+            "tensor_parallel_size": 2,
+            "distributed_executor_backend": "mp",
+            "mm_encoder_tp_mode": "data",
+            "max_num_batched_tokens": 4096,
+        },
+        cases=PRUNED[:1],
+    )
+    assert_recorded(found, PRUNED[0])

@@ -180,3 +180,49 @@ def test_without_an_end_of_turn_token(engine, monkeypatch, stop_token_ids):
     monkeypatch.setattr(engine.scheduler.hf_config, "end_of_turn_token_id", None)
     found = reply(engine, TEXT, stop_token_ids=stop_token_ids)
     assert list(found.token_ids) == cases.load(TEXT).final_ids
+
+
+# -- streamed inputs ---------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_input_ends_in_an_error_of_its_own(engine):
+    """Pieces and end of an ``AsyncLLM`` input stream, as it sends them, beside a request that must not notice."""
+    engine.use(cases.load(TEXT).build_args)
+    prompt, params = request(TEXT)
+    (rendered,) = engine.engine.renderer.render_cmpl([prompt])
+
+    def send(resumable):
+        piece = engine.engine.input_processor.process_inputs(
+            "session", rendered, params, ("generate",), resumable=resumable
+        )
+        piece.external_req_id = "session"
+        sent, _ = engine.core.preprocess_add_request(piece)
+        engine.scheduler.add_request(sent)
+
+    engine.add("good", prompt, params)
+    send(resumable=True)
+    send(resumable=True)  # before the first one's refusal has left the engine
+    first = engine.core.step()[0][0].outputs
+    assert [(out.request_id, out.finish_reason.name) for out in first if out.request_id == "session"] == [
+        ("session", "ERROR")
+    ]
+    send(resumable=False)  # the end of the stream, after it
+    done = engine.finish()
+    engine.assert_idle()
+    assert list(done) == ["good"] and tokens_of(done["good"]) == cases.load(TEXT).final_ids
+
+
+def test_a_second_request_of_an_id_leaves_the_first_alone(engine):
+    engine.use(cases.load(TEXT).build_args)
+    prompt, params = request(TEXT)
+    (rendered,) = engine.engine.renderer.render_cmpl([prompt])
+    engine.add("twin", prompt, params)
+    (request_id,) = engine.scheduler.requests
+    twin = engine.engine.input_processor.process_inputs(request_id, rendered, params, ("generate",))
+    engine.scheduler.add_request(engine.core.preprocess_add_request(twin)[0])
+    assert tokens_of(engine.finish()["twin"]) == cases.load(TEXT).final_ids
+    engine.assert_idle()
+
+
+def tokens_of(output):
+    return list(output.outputs[0].token_ids)

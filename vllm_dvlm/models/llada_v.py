@@ -39,6 +39,8 @@ class LlavaLLaDAModelLM(nn.Module, SupportsMultiModal):
     """
 
     family: Family = LLADA_V
+    # vLLM's flag: --mm-encoder-tp-mode data.
+    supports_encoder_tp_data = True
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:

@@ -16,12 +16,14 @@ from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.tokenizers.registry import TokenizerRegistry
 
-from vllm_dvlm.admission import PROMPT_LIMITS_KEY, PromptLimits
+from vllm_dvlm import admission
+from vllm_dvlm.admission import PROMPT_LIMITS_KEY, SPELLING_KEY, PromptLimits
 from vllm_dvlm.errors import refusals_are_value_errors
-from vllm_dvlm.models.configuration import resolve_token_ids
+from vllm_dvlm.models.configuration import resolve_image_token_id, resolve_token_ids
 from vllm_dvlm.models.processing import check_placeholders
 from vllm_dvlm.params import ServerSettings
 from vllm_dvlm.patches.vllm import p003_stream_status
+from vllm_dvlm.sampling_parameters import spelling_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -80,20 +82,33 @@ class LLaDAVRenderer(HfRenderer):
             Image.MAX_IMAGE_PIXELS = None
         # Not the renderer's own tokenizer: that one is in use on other threads while requests are checked.
         tokenizer = cached_tokenizer_from_config(self.model_config)
+        hf_config = self.model_config.hf_config
         self.prompt_limits = PromptLimits(
             settings=ServerSettings.from_additional_config(config.additional_config),
-            max_model_len=self.model_config.max_model_len,
-            mask_token_id=resolve_token_ids(self.model_config.hf_config, tokenizer).mask_token_id,
+            model_config=self.model_config,
+            token_ids=resolve_token_ids(hf_config, tokenizer),
+            image_token_id=resolve_image_token_id(hf_config, tokenizer),
             encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
         )
+        admission.remember(self.prompt_limits)
 
-    def render_cmpl(self, *args: Any, **kwargs: Any) -> Any:
+    def render_cmpl(self, prompts: Any, tok_params: Any = None, **kwargs: Any) -> Any:
         with refusals_are_value_errors():
-            return super().render_cmpl(*args, **kwargs)
+            return _spelled(super().render_cmpl(prompts, tok_params, **kwargs), tok_params)
 
-    def render_chat(self, *args: Any, **kwargs: Any) -> Any:
+    async def render_cmpl_async(self, prompts: Any, tok_params: Any = None, **kwargs: Any) -> Any:
+        return _spelled(await super().render_cmpl_async(prompts, tok_params, **kwargs), tok_params)
+
+    def render_chat(self, conversations: Any, chat_params: "ChatParams", tok_params: Any = None, **kwargs: Any) -> Any:
         with refusals_are_value_errors():
-            return super().render_chat(*args, **kwargs)
+            messages, prompts = super().render_chat(conversations, chat_params, tok_params, **kwargs)
+        return messages, _spelled(prompts, tok_params, chat_params)
+
+    async def render_chat_async(
+        self, conversations: Any, chat_params: "ChatParams", tok_params: Any = None, **kwargs: Any
+    ) -> Any:
+        messages, prompts = await super().render_chat_async(conversations, chat_params, tok_params, **kwargs)
+        return messages, _spelled(prompts, tok_params, chat_params)
 
     def validate_token_ids(self, *args: Any, **kwargs: Any) -> None:
         with refusals_are_value_errors():
@@ -174,6 +189,13 @@ def default_chat_template() -> str:
     """The official conversation as a Jinja template, for checkpoints without one [1], [2]."""
     folder = resources.files("vllm_dvlm") / "chat_templates"
     return (folder / "llava_llada.jinja").read_text(encoding="utf-8")
+
+
+def _spelled(prompts: Any, tok_params: Any, chat_params: "ChatParams | None" = None) -> Any:
+    """The prompts with the names that their API has for parameters, for messages of ``admission``."""
+    for prompt in prompts:
+        prompt[SPELLING_KEY] = spelling_of(tok_params, chat_params)
+    return prompts
 
 
 def _as_text(params: "ChatParams") -> "ChatParams":

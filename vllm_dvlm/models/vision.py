@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.siglip import SiglipVisionModel
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
+from vllm.model_executor.models.vision import is_vit_use_data_parallel, run_dp_sharded_vision_model
 
 from vllm_dvlm.models.anyres import ImageLayoutConfig, arrange
 from vllm_dvlm.models.configuration import resolve_vision_config
@@ -40,6 +42,7 @@ class VisionStack(nn.Module):
         config = vllm_config.model_config.hf_config
         vision_config = resolve_vision_config(config)
         self.layout = ImageLayoutConfig.from_hf_config(config, vision_config)
+        self.is_shared_out = is_vit_use_data_parallel() and get_tensor_model_parallel_world_size() > 1
         self.vision_tower = SiglipVisionModel(
             vision_config,
             quant_config=None,
@@ -64,8 +67,14 @@ class VisionStack(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[T, 3, H, W] of any float dtype to projected patch features, [T, P * P, D] in the
         weights' dtype."""
-        projected = [self.mm_projector(self.vision_tower(tiles)) for tiles in pixel_values.split(_TILES_PER_PASS)]
+        projected = [self.mm_projector(self._encode(tiles)) for tiles in pixel_values.split(_TILES_PER_PASS)]
         return projected[0] if len(projected) == 1 else torch.cat(projected)
+
+    def _encode(self, tiles: torch.Tensor) -> torch.Tensor:
+        """One pass through the tower; where each rank holds it whole, each takes its share of the tiles."""
+        if self.is_shared_out:
+            return run_dp_sharded_vision_model(tiles, self.vision_tower)
+        return self.vision_tower(tiles)
 
     def embed(
         self,
