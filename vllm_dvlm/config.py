@@ -6,7 +6,7 @@ What we need is set; what we cannot do is refused here, at start-up, with the re
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import ModelConfig
 from vllm.config.diffusion import DiffusionConfig
@@ -39,6 +39,13 @@ class WholeSequenceModelConfig(ModelConfig):
         """False: the first forward pass is a denoising step over prompt and canvas together."""
         return False
 
+    def try_get_generation_config(self) -> dict[str, Any]:
+        """What the user names; the checkpoint's own generation_config.json is for autoregressive decoding.
+
+        The official code reads none of it. Its end-of-text ids would end replies, its lengths would bound them.
+        """
+        return {} if self.generation_config in ("auto", "vllm") else super().try_get_generation_config()
+
 
 class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
     """Configuration of LLaDA-V: called by vLLM for ``LlavaLLaDAModelLM``."""
@@ -58,11 +65,9 @@ class LLaDAVVerifyConfig(VerifyAndUpdateConfig):
         ids = resolve_token_ids(config, cached_tokenizer_from_config(model_config))
         config.mask_token_id = ids.mask_token_id
         config.end_of_turn_token_id = ids.end_of_turn_token_id
-        # The reference decodes greedily unless told otherwise; OpenAI's own default would be 1. What else a
-        # checkpoint's generation_config.json may suggest is not for masked diffusion, and would refuse every request.
-        neutral = {"temperature": 0.0, "repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        for name, value in neutral.items():
-            model_config.override_generation_config.setdefault(name, value)
+        # The reference decodes greedily unless told otherwise; OpenAI's own default would be 1.
+        if "temperature" not in model_config.try_get_generation_config():
+            model_config.override_generation_config.setdefault("temperature", 0.0)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
