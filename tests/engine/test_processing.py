@@ -292,10 +292,10 @@ def test_official_conversation_whatever_the_files_lack(tmp_path, settings):
     front_end.shutdown()
 
 
-OWN = "{% for m in messages %}{{ m.role }}: {{ m.content | replace('<image>', '[<image>]') }}\n{% endfor %}"
+OWN = "{% for m in messages %}{{ m.role }}: {{ m.content | replace('<image>', '[<image>]') }};{% endfor %}"
 OF_PARTS = (
     "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part.type == 'image' %}[<image>]"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %};{% endfor %}"
 )
 
 
@@ -322,17 +322,17 @@ def write_jinja(folder, settings):
 def test_a_template_of_the_checkpoint_that_knows_images_is_kept(tmp_path, settings, change):
     """Content stays parts, as it asks for; so images stand where their parts do."""
     front_end = front_end_of(tmp_path, **settings, **({"change": change} if change else {}))
-    assert text_of(front_end, "a", "@", "b") == "user: a[<image>]b\n"
+    assert text_of(front_end, "a", "@", "b") == "user: a[<image>]b;"
     assert front_end.get_tokenizer().get_chat_template() == OF_PARTS
     # A request may name another one, or bring it.
-    assert text_of(front_end, "a", "@", "b", chat_template=OWN) == "user: [<image>]\na\nb\n"
-    assert text_of(front_end, "a", "@", chat_template_kwargs={"chat_template": OWN}) == "user: [<image>]\na\n"
+    assert text_of(front_end, "a", "@", "b", chat_template=OWN) == "user: [<image>]\na\nb;"
+    assert text_of(front_end, "a", "@", chat_template_kwargs={"chat_template": OWN}) == "user: [<image>]\na;"
     front_end.shutdown()
 
 
 def test_a_template_for_text_that_knows_images_is_kept(tmp_path):
     front_end = front_end_of(tmp_path, chat_template=OWN)
-    assert text_of(front_end, "a", "@", "b") == "user: [<image>]\na\nb\n"
+    assert text_of(front_end, "a", "@", "b") == "user: [<image>]\na\nb;"
     front_end.shutdown()
 
 
@@ -340,7 +340,7 @@ def test_a_named_template_wins(fresh):
     """The checkpoint's own by argument, as a user would who wants it: no system text, images first."""
     text = text_of(fresh, "a", "@", "b", chat_template=files.CHAT_TEMPLATE)
     assert text.startswith("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n<image>\na\nb<|eot_id|>")
-    assert text_of(fresh, "a", "@", "b", chat_template=OF_PARTS) == "user: a[<image>]b\n"
+    assert text_of(fresh, "a", "@", "b", chat_template=OF_PARTS) == "user: a[<image>]b;"
     assert "assistant. You are able" in text_of(fresh, "a", "@", "b")
 
 
