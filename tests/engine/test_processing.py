@@ -310,23 +310,42 @@ def write_jinja(folder, settings):
     (folder / "chat_template.jinja").write_text(OF_PARTS)
 
 
+def write_processor(folder, settings):
+    """Files of a processor, with a template of its own and image settings that the official code has as constants."""
+    clip = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 100}}
+    files.write_json(folder / "preprocessor_config.json", clip | {"processor_class": "LlavaProcessor"})
+    of_processor = {"processor_class": "LlavaProcessor", "image_token": "[CLS]", "patch_size": 14}
+    files.write_json(folder / "processor_config.json", of_processor | {"vision_feature_select_strategy": "default"})
+    files.write_json(folder / "chat_template.json", {"chat_template": settings.pop("of_processor")})
+
+
 @pytest.mark.parametrize(
     ("settings", "change"),
     [
         ({"chat_template": OF_PARTS}, None),
         ({"chat_template": [{"name": "default", "template": OF_PARTS}, {"name": "tool_use", "template": "x"}]}, None),
         ({}, write_jinja),
+        ({"of_processor": OF_PARTS}, write_processor),
     ],
-    ids=["tokenizer_config.json", "named", "chat_template.jinja"],
+    ids=["tokenizer_config.json", "named", "chat_template.jinja", "processor"],
 )
 def test_a_template_of_the_checkpoint_that_knows_images_is_kept(tmp_path, settings, change):
     """Content stays parts, as it asks for; so images stand where their parts do."""
     front_end = front_end_of(tmp_path, **settings, **({"change": change} if change else {}))
     assert text_of(front_end, "a", "@", "b") == "user: a[<image>]b;"
     assert front_end.get_tokenizer().get_chat_template() == OF_PARTS
+    case = load("b1_image_steps_eq_gen")
+    prompt = {"prompt": case["prompt_text"], "multi_modal_data": {"image": images_of(case)}}
+    same_as(case, render(front_end, prompt))
     # A request may name another one, or bring it.
     assert text_of(front_end, "a", "@", "b", chat_template=OWN) == "user: [<image>]\na\nb;"
     assert text_of(front_end, "a", "@", chat_template_kwargs={"chat_template": OWN}) == "user: [<image>]\na;"
+    front_end.shutdown()
+
+
+def test_a_processors_template_for_text_gives_way(tmp_path):
+    front_end = front_end_of(tmp_path, write_processor, of_processor=files.CHAT_TEMPLATE)
+    assert is_official(front_end, "b1_image_steps_eq_gen")
     front_end.shutdown()
 
 

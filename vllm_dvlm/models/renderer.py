@@ -262,10 +262,12 @@ def default_template(tokenizer: Any, model_config: "ModelConfig", with_tools: bo
 
     with_tools: a checkpoint may have another template for conversations with tools.
     """
-    from_files = [
+    from_files: list[Any] = [
         resolve_chat_template(tokenizer, None, tools, model_config=model_config)
         for tools in ([[], None] if with_tools else [None])
     ]
+    # The files of a processor may have several, which vLLM hands over together.
+    from_files = [found.get("default") if isinstance(found, dict) else found for found in from_files]
     return chat_template.choose(from_files)
 
 
