@@ -25,6 +25,8 @@ def register() -> None:
 
     upstream.check_version()
 
+    import logging
+
     import torch
     from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -48,6 +50,8 @@ def register() -> None:
         if torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()
 
+    # vLLM gives level and handlers to its own loggers only; without them our lines at start-up are not shown.
+    logging.getLogger(__name__).parent = logging.getLogger("vllm")
     AutoConfig.register("llava_llada", LlavaLLaDAConfig, exist_ok=True)
     for architecture, target in MODELS.items():
         ModelRegistry.register_model(architecture, target)

@@ -255,7 +255,6 @@ def test_the_official_conversation_and_one_line_about_it(server, folder):
     assert "image" not in files and server.log_text().count("vllm_dvlm: chat template: LLaDA-V's official") == 1
     case, question = load(TEXT), {"role": "user", "content": load(TEXT).raw["question"]}
     assert answer(server, "/tokenize", messages=[question])["tokens"] == case.prompt_ids
-    assert answer(server, "/v1/chat/completions/render", messages=[question])["token_ids"] == case.prompt_ids
     said = answer(server, "/v1/responses", input=[question], max_output_tokens=16)
     assert said["usage"]["input_tokens"] == len(case.prompt_ids)
 
