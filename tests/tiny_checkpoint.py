@@ -186,11 +186,10 @@ def build(
     mask_like: int | None = None,
     *,
     shards: int = 1,
-    without_chat_template: bool = False,
 ) -> dict[str, str]:
     """Write the checkpoint folder; return sha256 digests by file name, as the goldens have them."""
     folder = Path(out_dir)
-    files.write_configs(folder, SIZES, with_chat_template=not without_chat_template)
+    files.write_configs(folder, SIZES)
     tensors = dict(_base_tensors(seed))
     if eot_like is not None or mask_like is not None:
         head = tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
@@ -228,7 +227,6 @@ def main() -> None:
     parser.add_argument("--eot-like", type=int)
     parser.add_argument("--mask-like", type=int)
     parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--without-chat-template", action="store_true")
     print(json.dumps(build(**vars(parser.parse_args())), indent=1))
 
 

@@ -23,6 +23,8 @@ def register() -> None:
 
     upstream.check_version()
 
+    import logging
+
     import torch
     from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -46,6 +48,8 @@ def register() -> None:
         if torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()
 
+    # vLLM gives level and handlers to its own loggers only; without them our lines at start-up are not shown.
+    logging.getLogger(__name__).parent = logging.getLogger("vllm")
     for model_type in {family.model_type for family in FAMILIES.values()}:
         AutoConfig.register(model_type, checkpoint_config(model_type), exist_ok=True)
     for architecture, family in FAMILIES.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 from vllm.config import ModelConfig
@@ -43,6 +43,13 @@ class WholeSequenceModelConfig(ModelConfig):
         """False: the first forward pass is a denoising step over prompt and canvas together."""
         return False
 
+    def try_get_generation_config(self) -> dict[str, Any]:
+        """What the user names; the checkpoint's own generation_config.json is for autoregressive decoding.
+
+        The official code reads none of it. Its end-of-text ids would end replies, its lengths would bound them.
+        """
+        return {} if self.generation_config in ("auto", "vllm") else super().try_get_generation_config()
+
 
 class VerifyConfig(VerifyAndUpdateConfig):
     """Configuration of every family: called by vLLM for each of our architectures."""
@@ -63,12 +70,7 @@ class VerifyConfig(VerifyAndUpdateConfig):
         ids = resolve_token_ids(config, cached_tokenizer_from_config(model_config))
         config.mask_token_id = ids.mask_token_id
         config.end_of_turn_token_id = ids.end_of_turn_token_id
-        # The reference decodes greedily unless told otherwise; OpenAI's own default would be 1. What else a
-        # checkpoint's generation_config.json may suggest is not for masked diffusion, and would refuse every request.
-        neutral = {"temperature": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        neutral |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        for name, value in neutral.items():
-            model_config.override_generation_config.setdefault(name, value)
+        _choose_sampling_defaults(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -161,6 +163,28 @@ def _choose_dtype(model_config: ModelConfig, settings: ServerSettings) -> None:
     if model_config.dtype != wanted:
         logger.info("CPU host: using %s instead of %s (server setting cpu_dtype)", wanted, model_config.dtype)
         model_config.dtype = wanted
+
+
+# Values of vLLM's sampling defaults that ask for nothing.
+_NEUTRAL = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "top_p": 1, "top_k": 0, "min_p": 0}
+
+
+def _choose_sampling_defaults(model_config: ModelConfig) -> None:
+    """Greedy unless told otherwise, as the reference; OpenAI's own default would be a temperature of 1.
+
+    ValueError for a --generation-config that suggests what would refuse every request.
+    """
+    named = model_config.try_get_generation_config() | model_config.override_generation_config
+    for name, neutral in _NEUTRAL.items():
+        if named.get(name) not in (None, neutral):
+            _raise(
+                f"takes no {name}, which --generation-config {model_config.generation_config} suggests "
+                f"({named[name]}): remove it there, or undo it with --override-generation-config "
+                f"'{{\"{name}\": {neutral}}}'",
+                model_config,
+            )
+    if "temperature" not in named:
+        model_config.override_generation_config.setdefault("temperature", 0.0)
 
 
 def _refuse_model_settings(model_config: ModelConfig) -> None:

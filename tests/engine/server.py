@@ -141,11 +141,9 @@ def image_part(data: bytes) -> dict[str, Any]:
 def chat_of(name: str, **changes: Any) -> dict[str, Any]:
     """Body of a chat request that repeats a golden case; ``xargs`` among the changes adds options."""
     case = load(name)
-    # The checkpoint's own template adds no system text; the recorded conversation has one.
-    system = cases.prompt_text(case).split("system<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
     parts = [image_part((cases.IMAGE_FOLDER / record["file"]).read_bytes()) for record in case.image_records]
     parts.append({"type": "text", "text": cases.question(case)})
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": parts}]
+    messages = [{"role": "user", "content": parts}]
     xargs = cases.extra_args(case) | changes.pop("xargs", {})
     length = case.settings["gen_length"]
     return {"model": MODEL, "messages": messages, "max_tokens": length, "vllm_xargs": xargs} | changes

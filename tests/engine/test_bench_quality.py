@@ -50,8 +50,8 @@ def environment():
 def runs(environment, tmp_path_factory):
     """A run of `quality` and one of `frontier`: their files, what the first one said, and the folder."""
     folder = tmp_path_factory.mktemp("quality")
-    # Few patches per tile: the prompt has some 140 tokens.
-    write_random_checkpoint(folder / "model", Sizes(patch=48), seed=0)
+    # Few patches per tile: the prompt has some 230 tokens, the system text among them.
+    write_random_checkpoint(folder / "model", Sizes(patch=40), seed=0)
     quality = run("quality", folder, "quality", "--num", str(NUM))
     said: dict[str, list[str]] = {}
     for line in quality["answers"].read_text().splitlines():

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import sys
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,10 +34,7 @@ served = _import_adapter()
 
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
-    """With the official conversation: the tiny checkpoint's own template leaves the system text out."""
-    template = resources.files("vllm_dvlm") / "chat_templates" / "llava_llada.jinja"
-    flags = ("--max-model-len", "2048", "--chat-template", str(template))
-    flags += ("--served-model-name", "tiny", serving_load.MODEL_NAME)
+    flags = ("--max-model-len", "2048", "--served-model-name", "tiny", serving_load.MODEL_NAME)
     settings = {"dvlm": {"max_canvas_length": 128}}
     made = Server(checkpoint(**BUILD_ARGS), tmp_path_factory.mktemp("server") / "log.txt", settings, *flags)
     yield made

@@ -1,4 +1,4 @@
-"""Engines in processes of their own, as users start them: hub names, sharded files, no template, bfloat16."""
+"""Engines in processes of their own, as users start them: hub names, sharded files, bfloat16."""
 
 import json
 
@@ -21,10 +21,10 @@ def downloads(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_name(checkpoint, downloads, tmp_path_factory):
-    """Default multi-process engine, by hub name, on a checkpoint in two files that has no chat template."""
-    folder = checkpoint(seed=0, shards=2, without_chat_template=True)
+    """Default multi-process engine, by hub name, on a checkpoint in two files with a text-only chat template."""
+    folder = checkpoint(seed=0, shards=2)
     assert len(list(folder.glob("model-*.safetensors"))) == 2
-    assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
+    assert "<image>" not in json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
     out = tmp_path_factory.mktemp("by_name") / "out.json"
     with hub.serve(NAME, folder) as (url, asked):
         places = {"HF_ENDPOINT": url, "HF_HUB_CACHE": str(downloads), "HF_HUB_OFFLINE": "0"}
@@ -37,7 +37,7 @@ def test_hub_name_with_nothing_downloaded_before(by_name):
     assert_recorded(by_name, TEXT, IMAGE, CACHED)
 
 
-def test_chat_without_a_template_in_the_checkpoint(by_name):
+def test_chat_is_the_official_conversation(by_name):
     assert by_name["chat"] | {"request_id": ""} == by_name[IMAGE] | {"request_id": ""}
 
 

@@ -5,37 +5,39 @@ the scheduler can spoil these tests.
 """
 
 import asyncio
-import json
 import math
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig
-from vllm import ModelRegistry
 from vllm.config import set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
-from vllm.model_executor.models.interfaces import SupportsMultiModal
 from vllm.model_executor.models.utils import AutoWeightsLoader
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache import MultiModalProcessorOnlyCache, engine_receiver_cache_from_config
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
-from vllm.renderers import ChatParams
 from vllm.renderers.registry import renderer_from_config
 
 from tests import tiny_checkpoint
+from tests.engine import front_ends
+from tests.engine.front_ends import (
+    GOLDEN,
+    REFERENCE_PLACEHOLDER,
+    engine_config,
+    expanded,
+    images_of,
+    load,
+    mm_options,
+    render,
+    same_as,
+)
 from vllm_dvlm.models import processing, renderer
-from vllm_dvlm.models.configuration import checkpoint_config
 from vllm_dvlm.models.vision import VisionStack, build_projector
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
 WITH_IMAGES = [
     "b1_image_steps_eq_gen",
     "b2_image_square",
@@ -46,47 +48,11 @@ WITH_IMAGES += ["b5_same_as_g1", "i1_two_images_anyres", "i2_two_images_pad", "i
 WITH_IMAGES += ["l1_big_image_downsampled"]
 TEXT_ONLY = ["a1_text_single_block", "a2_text_blocks_k2"]
 PREPROCESSING = sorted(path.stem for path in GOLDEN.glob("p*.json"))
-REFERENCE_PLACEHOLDER = -200
-ARCHITECTURE = "DvlmProcessingStandIn"
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    processing.LLaDAVMultiModalProcessor,
-    info=processing.LLaDAVProcessingInfo,
-    dummy_inputs=processing.LLaDAVDummyInputsBuilder,
-)
-class StandIn(torch.nn.Module, SupportsMultiModal):
-    """Just enough for vLLM to take it for a multimodal text generator."""
-
-    def __init__(self, *, vllm_config, prefix=""):
-        super().__init__()
-
-    @classmethod
-    def get_placeholder_str(cls, modality, i):
-        return renderer.IMAGE_PLACEHOLDER
-
-    def embed_input_ids(self, input_ids): ...
-
-    def embed_multimodal(self, **kwargs): ...
-
-    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None): ...
-
-    def compute_logits(self, hidden_states): ...
-
-
-def engine_config(folder, **kwargs):
-    overrides = {"architectures": [ARCHITECTURE], **kwargs.pop("hf_overrides", {})}
-    args = EngineArgs(model=str(folder), dtype="float32", hf_overrides=overrides, **kwargs)
-    config = args.create_engine_config()
-    renderer.configure_model(config.model_config)
-    return config
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    AutoConfig.register("llava_llada", checkpoint_config("llava_llada"), exist_ok=True)
-    ModelRegistry.register_model(ARCHITECTURE, StandIn)
-    renderer.register_renderer()
+    front_ends.register()
 
 
 @pytest.fixture(scope="module")
@@ -112,47 +78,6 @@ def front_end(config):
 def fresh(front_end):
     front_end.clear_mm_cache()
     return front_end
-
-
-def load(name):
-    return json.loads((GOLDEN / f"{name}.json").read_text())
-
-
-def images_of(case):
-    return [Image.open(GOLDEN / "images" / image["file"]) for image in case["images"]]
-
-
-def mm_options(case):
-    ratio = case.get("settings", {}).get("image_aspect_ratio")
-    return {"mm_processor_kwargs": {"image_aspect_ratio": ratio}} if ratio else {}
-
-
-def render(front_end, prompt):
-    return front_end.render_cmpl([prompt])[0]
-
-
-def expanded(case, image_token_id):
-    images = iter(case["images"])
-    for token in case["prompt_ids"]:
-        if token == REFERENCE_PLACEHOLDER:
-            yield from [image_token_id] * next(images)["visual_tokens"]
-        else:
-            yield token
-
-
-def same_as(case, result):
-    image_token_id = 126349
-    assert result["prompt_token_ids"] == list(expanded(case, image_token_id))
-    assert len(result["prompt_token_ids"]) == case["prompt_len"]
-    spans = [[p.offset, p.offset + p.length] for p in result["mm_placeholders"]["image"]]
-    assert spans == [image["span"] for image in case["images"]]
-    assert all(p.is_embed is None for p in result["mm_placeholders"]["image"])
-    for item, image in zip(result["mm_kwargs"]["image"], case["images"], strict=True):
-        fields = item.get_data()
-        assert fields["image_sizes"].tolist() == image["size_wh"]
-        assert fields["num_tiles"].item() == image["tiles"] == len(fields["pixel_values"])
-        total = fields["pixel_values"].double().sum().item()
-        assert total == pytest.approx(image["pixel_stats"]["sum"], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", WITH_IMAGES)
@@ -235,40 +160,6 @@ def test_without_cache_images_keep_their_identity(checkpoint):
     hashes = [render(front_end, dict(prompt))["mm_hashes"]["image"] for _ in range(2)]
     assert hashes[0] == hashes[1] and "renderer" not in hashes[0][0]
     front_end.shutdown()
-
-
-def chat(front_end, content, **kwargs):
-    return front_end.render_chat([[{"role": "user", "content": content}]], ChatParams(**kwargs))[1][0]
-
-
-@pytest.mark.parametrize("name", ["b1_image_steps_eq_gen", "i1_two_images_anyres"])
-def test_chat_with_our_template(tmp_path, name):
-    """A checkpoint that lacks a template gets the official conversation."""
-    tiny_checkpoint.build(tmp_path, without_chat_template=True)
-    front_end = renderer_from_config(engine_config(tmp_path))
-    case = load(name)
-    parts = [{"type": "image_pil", "image_pil": image} for image in images_of(case)]
-    text = {"type": "text", "text": case["question"].replace("<image>\n", "")}
-    same_as(case, chat(front_end, [*parts, text]))
-    same_as(case, chat(front_end, [*parts, {"type": "text", "text": case["question"]}]))
-    plain = load("a1_text_single_block")
-    assert chat(front_end, plain["question"])["prompt_token_ids"] == plain["prompt_ids"]
-    with pytest.raises(VLLMValidationError, match="placeholder"):
-        chat(front_end, case["question"])
-    front_end.shutdown()
-
-
-def test_chat_with_the_checkpoints_own_template(fresh):
-    """It knows no parts: vLLM puts `<image>` and a line break first; no system text is added."""
-    case = load("b1_image_steps_eq_gen")
-    text = {"type": "text", "text": "Please describe the image in detail."}
-    part = {"type": "image_pil", "image_pil": images_of(case)[0]}
-    system_text = (
-        case["prompt_text"].split("\n\n")[1].removesuffix("<|eot_id|><|start_header_id|>user<|end_header_id|>")
-    )
-    messages = [{"role": "system", "content": system_text}]
-    messages += [{"role": "user", "content": [text, part]}]
-    same_as(case, fresh.render_chat([messages], ChatParams())[1][0])
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def folder(checkpoint, tmp_path_factory):
     shutil.copytree(checkpoint(**BUILD_ARGS), copy)
     file = copy / "generation_config.json"
     suggested = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2}
+    # Words that recorded replies contain: they would end there.
+    suggested |= {"max_new_tokens": 3, "eos_token_id": [126081, *(load(name).final_ids[1] for name in (TEXT, IMAGE))]}
     file.write_text(json.dumps(json.loads(file.read_text()) | suggested))
     return copy
 
@@ -239,6 +241,45 @@ def test_counters_and_trace(server, trace_dir, name):
     assert {key: after[f"vllm_dvlm:{key}"] - before[f"vllm_dvlm:{key}"] for key in wanted} == wanted
 
 
+# -- prompts as ids and as strings ---------------------------------------------------------------------------------
+
+
+def answer(server, path, status=200, **body):
+    response = server.http.post(path, json={"model": MODEL, **body})
+    assert response.status_code == status, response.text
+    return response.json()
+
+
+def test_the_official_conversation_and_one_line_about_it(server, folder):
+    """The tokenizer files bring LLaDA's text-only template, as those of the release do."""
+    files = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    assert "image" not in files and server.log_text().count("vllm_dvlm: chat template: LLaDA-V's official") == 1
+    case, question = load(TEXT), {"role": "user", "content": load(TEXT).raw["question"]}
+    assert answer(server, "/tokenize", messages=[question])["tokens"] == case.prompt_ids
+    said = answer(server, "/v1/responses", input=[question], max_output_tokens=16)
+    assert said["usage"]["input_tokens"] == len(case.prompt_ids)
+
+
+def test_strings_of_prompts_with_images(server):
+    """The placeholder id lies behind the vocabulary of the tokenizer."""
+    shown = answer(server, "/tokenize", messages=with_images(SMALL)["messages"], return_token_strs=True)
+    assert shown["count"] == len(shown["tokens"]) == len(shown["token_strs"])
+    marked = [token for token, text in zip(shown["tokens"], shown["token_strs"], strict=True) if text == "<image>"]
+    assert len(marked) > 729 and set(marked) == {126349}
+    text = answer(server, "/detokenize", tokens=shown["tokens"])["prompt"]
+    assert text.count("<image>") == len(marked) and text.endswith("assistant<|end_header_id|>\n\n")
+    assert text.replace("<image>", "").startswith("<|startoftext|><|start_header_id|>system")
+    # Text never becomes the id.
+    assert 126349 not in answer(server, "/tokenize", prompt="<|image|> image <reserved>")["tokens"]
+
+
+@pytest.mark.parametrize("token_id", [126350, 126463, 126464, 2**33, 2**63 - 1])
+def test_ids_without_a_string_are_refused(server, token_id):
+    for path, field in (("/detokenize", "tokens"), ("/v1/completions", "prompt")):
+        message = answer(server, path, 400, **{field: [300, token_id]})["error"]["message"]
+        assert str(token_id) in message and len(message) < 200, message
+
+
 # -- the stock load generator --------------------------------------------------------------------------------------
 
 
@@ -307,6 +348,16 @@ REFUSED = {
     "no image": (with_images(b"hello world" * 20), "image"),
     "large image": (with_images(BIG), "needs 21 tiles.*max_image_tiles"),
     "image missing": (with_images(text="<image> What?"), "1 image placeholder.*0 image"),
+    "placeholder in another message": (
+        {
+            "model": MODEL,
+            "messages": [
+                {"role": "system", "content": "Say <image>."},
+                *with_images(SMALL, SMALL, text="<image>?")["messages"],
+            ],
+        },
+        r"Message 1 \(system\) has 1 image placeholder.*0 image",
+    ),
     "placeholders": (with_images(SMALL, text="<image> <image> What?"), "<image>"),
     "image options": (with_images(SMALL, mm_processor_kwargs={"image_aspect_ratio": "pad"}), "mm_processor_kwargs"),
 }

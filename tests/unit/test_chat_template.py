@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from vllm_dvlm.bench.checkpoint_files import CHAT_TEMPLATE as TEXT_ONLY
+from vllm_dvlm.families import LLADA_V
+from vllm_dvlm.models.chat_template import choose, family_template, mentions_images, reads_variable
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
-TEMPLATE = Path(__file__).parents[2] / "vllm_dvlm" / "chat_templates" / "llava_llada.jinja"
 CASES = sorted(p.stem for p in GOLDEN.glob("*.json") if "question" in json.loads(p.read_text()))
 IMAGE = {"type": "image"}
 
@@ -15,8 +19,9 @@ IMAGE = {"type": "image"}
 def render(messages, **kwargs):
     texts, _ = render_jinja_template(
         conversations=[messages],
-        chat_template=TEMPLATE.read_text(encoding="utf-8"),
-        bos_token="<|startoftext|>",
+        chat_template=family_template(),
+        # The official code writes begin-of-text as a constant; a tokenizer may call another token that.
+        bos_token="<s>",
         **kwargs,
     )
     return texts[0]
@@ -83,3 +88,70 @@ def test_empty_contents():
     assert turn({"role": "user", "content": ""}) == ""
     assert turn({"role": "user", "content": []}) == ""
     assert turn({"role": "user", "content": None}) == ""
+
+
+def test_what_has_no_place_is_refused():
+    """Nothing a message carries is left out without a word."""
+    for message, what in (
+        (user({"type": "tool_reference", "name": "clock"}), "tool_reference"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock"}}]}, "tool_calls"),
+    ):
+        with pytest.raises(TemplateError, match=what):
+            render([message])
+
+
+LOOP = "{% for m in messages %}"
+PARTS = LOOP + "{% for part in m.content %}"
+DEMO = json.loads((Path(__file__).parents[2] / "examples/demo_model/tokenizer_config.json").read_text())[
+    "chat_template"
+]
+ABOUT_IMAGES = {
+    "ours": family_template(),
+    "demo model": DEMO,
+    "type": PARTS + "{% if part['type'] == 'image' %}@{% endif %}{% endfor %}{% endfor %}",
+    "type of OpenAI": PARTS + "{% if part.type == 'image_url' %}@{% endif %}{% endfor %}{% endfor %}",
+    "types": PARTS + "{% if part.type in ['video', 'image'] %}@{% endif %}{% endfor %}{% endfor %}",
+    "key": PARTS + "{% if 'image' in part %}@{% endif %}{% endfor %}{% endfor %}",
+    "attribute": PARTS + "{% if part.image %}@{% endif %}{% endfor %}{% endfor %}",
+    "macro": "{% macro image_of(p) %}@{% endmacro %}" + PARTS + "{{ image_of(part) }}{% endfor %}{% endfor %}",
+    "variable": PARTS + "{{ part.text or image_token }}{% endfor %}{% endfor %}",
+    "placeholder written": LOOP + "<image>{{ m.content }}{% endfor %}",
+    "placeholder replaced": LOOP + "{{ m.content | replace('<image>', '') }}{% endfor %}",
+    "another placeholder": LOOP + "{{ '<|image_pad|>' + m.content }}{% endfor %}",
+    "other brackets": LOOP + "[IMG]{{ m.content }}{% endfor %}",
+    "generation block": LOOP + "{%- generation -%}<image>{{ m.content }}{% endgeneration %}{% endfor %}",
+    "loop controls": PARTS + "{% if part.type == 'image' %}{% continue %}{% endif %}{% endfor %}{% endfor %}",
+}
+TEXT_TEMPLATES = {
+    "LLaDA's": TEXT_ONLY,
+    "comment": "{# no <image> here, images are not supported #}" + TEXT_ONLY,
+    "prose": "You cannot see an image. " + TEXT_ONLY,
+    "prose in quotes": "{{ 'Say so if asked about an image.' }}" + TEXT_ONLY,
+    "parts of text": PARTS + "{{ part['text'] }}{% endfor %}{% endfor %}",
+    "broken": LOOP + "<image>",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("name", ABOUT_IMAGES)
+def test_templates_about_images(name):
+    template = ABOUT_IMAGES[name]
+    assert mentions_images(template)
+    assert choose([template]).template == template
+    # vLLM's pick comes first, but only if it knows images.
+    assert choose([TEXT_ONLY, template]).template == choose([None, template]).template == template
+
+
+@pytest.mark.parametrize("name", TEXT_TEMPLATES)
+def test_text_templates_give_way_to_the_official_conversation(name):
+    template = TEXT_TEMPLATES[name]
+    assert not mentions_images(template)
+    chosen = choose([template])
+    assert chosen.template == family_template() and "does not mention images" in chosen.origin
+    assert LLADA_V.name in chosen.origin and "none" in choose([None]).origin
+
+
+def test_variables_of_a_template():
+    assert reads_variable("{% if tools %}{{ tools | tojson }}{% endif %}", "tools")
+    assert not reads_variable(family_template(), "tools") and not reads_variable("{{ tools", "tools")
+    assert not reads_variable("{% set tools = [] %}{{ tools }}", "tools")

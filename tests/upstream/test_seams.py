@@ -228,6 +228,31 @@ def test_renderer_and_tokenizer_registries():
     assert "hf" in TokenizerRegistry.tokenizers
 
 
+def test_renderer_names_the_chat_template():
+    from vllm.config import ModelConfig
+    from vllm.entrypoints.launchers.api_server import app_state
+    from vllm.entrypoints.llm import LLM
+    from vllm.renderers import ChatParams
+    from vllm.renderers.hf import HfRenderer, resolve_chat_template, resolve_chat_template_content_format
+
+    # One place for all that a user may name, and one call at start-up.
+    assert {"chat_template", "chat_template_content_format", "chat_template_kwargs", "tool_choice"} <= {
+        f.name for f in dataclasses.fields(ChatParams)
+    }
+    assert (
+        parameters(HfRenderer.render_messages) == parameters(HfRenderer.render_messages_async) == ["messages", "params"]
+    )
+    assert parameters(HfRenderer.warmup) == ["chat_params"]
+    assert "renderer.warmup(" in inspect.getsource(app_state) and "renderer.warmup(" in inspect.getsource(LLM.__init__)
+    assert parameters(resolve_chat_template) == ["tokenizer", "chat_template", "tools", "model_config"]
+    assert "given_format" in parameters(resolve_chat_template_content_format)
+    # Ids: checked in one place, and shown by the renderer's own tokenizer.
+    assert parameters(HfRenderer.validate_token_ids) == ["token_ids", "parameter"]
+    assert parameters(HfRenderer._detokenize_prompt) == ["prompt"]
+    # Read by whoever asks for end-of-text ids or default parameters.
+    assert parameters(ModelConfig.try_get_generation_config) == []
+
+
 def test_platform_hooks():
     from vllm.platforms.cpu import CpuPlatform
 

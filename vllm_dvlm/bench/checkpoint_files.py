@@ -62,6 +62,7 @@ background foreground object scene photo drawing diagram map sign symbol pattern
 brown orange purple pink gray gold silver round flat thin thick wide narrow open closed full
 empty""".split()  # noqa: SIM905 - readable
 
+# As LLaDA's tokenizer files have it: it knows neither the system text nor images.
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% set c = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
@@ -166,7 +167,7 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(folder: Path, with_chat_template: bool = True) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
     (folder / "tokenizer.json").write_text(_vocabulary()[0], encoding="utf-8")
     names = {
@@ -182,9 +183,8 @@ def write_tokenizer(folder: Path, with_chat_template: bool = True) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
         "model_input_names": ["input_ids", "attention_mask"],
+        "chat_template": CHAT_TEMPLATE,
     }
-    if with_chat_template:
-        settings["chat_template"] = CHAT_TEMPLATE
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", names)
 
@@ -267,10 +267,10 @@ def vision_config(sizes: Sizes, torch_dtype: str = "float32") -> dict[str, Any]:
     }
 
 
-def write_configs(folder: Path, sizes: Sizes, torch_dtype: str = "float32", with_chat_template: bool = True) -> None:
+def write_configs(folder: Path, sizes: Sizes, torch_dtype: str = "float32") -> None:
     """Write every file of the checkpoint except the weights."""
     (folder / VISION_FOLDER).mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder, with_chat_template)
+    write_tokenizer(folder)
     write_json(folder / "config.json", llava_config(sizes, torch_dtype))
     write_json(folder / VISION_FOLDER / "config.json", vision_config(sizes, torch_dtype))
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "transformers_version": "4.43.4"}

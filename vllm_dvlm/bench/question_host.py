@@ -10,8 +10,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.renderers.hf import resolve_chat_template_content_format
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_dvlm.bench.common import Row, describe_run, peak_rss_bytes
 from vllm_dvlm.bench.engine_env import PROCESS_ENV
@@ -21,7 +23,7 @@ from vllm_dvlm.bench.scoring import is_match
 from vllm_dvlm.bench.settings_grid import Setting
 from vllm_dvlm.models.anyres import ImageLayoutConfig, num_visual_tokens
 from vllm_dvlm.models.configuration import LlavaLLaDAConfig, resolve_vision_config
-from vllm_dvlm.models.renderer import IMAGE_PLACEHOLDER, default_chat_template
+from vllm_dvlm.models.renderer import IMAGE_PLACEHOLDER, default_template
 from vllm_dvlm.terms import cdiv, round_up
 
 KV_BLOCK_SIZE = 32
@@ -157,14 +159,18 @@ def longest_prompt(model: str, items: Sequence[Item]) -> int:
     """Tokens of the longest prompt, from the checkpoint's files alone: the engine is sized by it."""
     config = LlavaLLaDAConfig(**LlavaLLaDAConfig.get_config_dict(model)[0])
     layout = ImageLayoutConfig.from_hf_config(config, resolve_vision_config(config))
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    template = tokenizer.chat_template or default_chat_template()
+    model_config = EngineArgs(model=model).create_model_config()
+    tokenizer = cached_tokenizer_from_config(model_config)
+    template = default_template(tokenizer, model_config).template
+    content_format = resolve_chat_template_content_format(template, None, "auto", tokenizer, model_config=model_config)
     text_lens: dict[tuple[str, int], int] = {}
     longest = 0
     for item in items:
         key = (item.question, len(item.images))
         if key not in text_lens:
-            content = f"{IMAGE_PLACEHOLDER}\n" * key[1] + key[0]
+            content: Any = f"{IMAGE_PLACEHOLDER}\n" * key[1] + key[0]
+            if content_format == "openai":
+                content = [{"type": "image"}] * key[1] + [{"type": "text", "text": key[0]}]
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
                 chat_template=template,

@@ -29,6 +29,8 @@ class Family:
     model_type: ``model_type`` of its config.json, which several families may share.
     model / config: ``module:class`` of the vLLM model and of the config.
     tokens: texts of tokens with a role.
+    chat_template: file in ``chat_templates/`` with the official conversation.
+    image_placeholder: text that stands for an image in a prompt.
     prompt_attends_canvas: True if prompt tokens see the canvas (one bidirectional sequence), False if the prompt
         attends only to itself and is computed once.
     shifts_logits: True if the logits at position i predict position i + 1.
@@ -40,5 +42,7 @@ class Family:
     model: str
     config: str
     tokens: TokenTexts
+    chat_template: str
+    image_placeholder: str = "<image>"
     prompt_attends_canvas: bool = True
     shifts_logits: bool = False

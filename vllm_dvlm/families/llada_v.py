@@ -19,4 +19,5 @@ LLADA_V = Family(
         # Point 24; the mask token itself is not among them.
         forbidden=("<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>"),
     ),
+    chat_template="llava_llada.jinja",
 )

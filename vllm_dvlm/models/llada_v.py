@@ -46,7 +46,7 @@ class LlavaLLaDAModelLM(nn.Module, SupportsMultiModal):
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         """Text that stands for an image in a prompt."""
         if modality.startswith("image"):
-            return "<image>"
+            return cls.family.image_placeholder
         raise ValueError(f"LLaDA-V takes images only, not {modality}")
 
     @staticmethod

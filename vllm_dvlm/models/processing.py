@@ -263,6 +263,29 @@ def check_placeholders(token_ids: Sequence[int], image_token_id: int, num_images
         )
 
 
+def check_places(conversation: Sequence[Mapping[str, Any]], placeholder: str) -> None:
+    """InvalidRequest if a message writes `placeholder`, but not once for each of its own images.
+
+    The prompt as a whole may then still have as many placeholders as images, and an image would stand in another
+    message than the one that sent it. A message that writes none leaves the places to the template.
+
+    conversation: messages whose contents are parts, or text (which has no images).
+    """
+    for number, message in enumerate(conversation, 1):
+        content = message.get("content") or []
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        # Joined, as templates join them: a placeholder may begin in one part and end in the next.
+        written = "".join(part["text"] for part in parts if part["type"] == "text").count(placeholder)
+        num_images = sum(part["type"] == "image" for part in parts)
+        if written and written != num_images:
+            raise InvalidRequest(
+                f"Message {number} ({message['role']}) has {written} image placeholder(s) but {num_images} image(s): "
+                f"write {placeholder} once per image of the same message, or not at all; it cannot stand for an image "
+                "of another message, and not for itself",
+                parameter="messages",
+            )
+
+
 def to_rgb(image: Any) -> Image.Image:
     """Any image vLLM may carry as RGB: a Pillow image in any mode, turned upright if its EXIF data
     says so, or uint8 pixels with 1, 3 or 4 channels, [H, W, C] or [C, H, W].

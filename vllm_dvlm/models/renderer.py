@@ -5,22 +5,27 @@ Source: tests/golden/llada_v/README.md, points 1 to 3.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib import resources
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from vllm import envs
-from vllm.renderers.hf import HfRenderer
+from vllm.logger import init_logger
+from vllm.renderers.hf import HfRenderer, resolve_chat_template, resolve_chat_template_content_format
 from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.tokenizers.registry import TokenizerRegistry
 
 from vllm_dvlm import admission
 from vllm_dvlm.admission import PROMPT_LIMITS_KEY, SPELLING_KEY, PromptLimits
-from vllm_dvlm.errors import refusals_are_value_errors
+from vllm_dvlm.errors import InvalidRequest, refusals_are_value_errors
+from vllm_dvlm.families import LLADA_V
+from vllm_dvlm.models import chat_template
 from vllm_dvlm.models.configuration import resolve_image_token_id, resolve_token_ids
-from vllm_dvlm.models.processing import check_placeholders
+from vllm_dvlm.models.processing import check_placeholders, check_places
+from vllm_dvlm.models.token_strings import name_token
 from vllm_dvlm.params import ServerSettings
 from vllm_dvlm.patches.vllm import p003_stream_status
 from vllm_dvlm.sampling_parameters import spelling_of
@@ -30,8 +35,10 @@ if TYPE_CHECKING:
     from vllm.inputs import TextPrompt, TokensPrompt
     from vllm.renderers.params import ChatParams, TokenizeParams
 
+logger = init_logger(__name__)
+
 TOKENIZER_MODE = "llava_llada"
-IMAGE_PLACEHOLDER = "<image>"
+IMAGE_PLACEHOLDER = LLADA_V.image_placeholder
 # Default of VLLM_MAX_IMAGE_PIXELS: a file of a few kB may announce more and cost seconds and GBs.
 _MAX_IMAGE_PIXELS = 64 * 2**20
 
@@ -68,14 +75,13 @@ def configure_model(model_config: "ModelConfig") -> None:
 
 
 class LLaDAVRenderer(HfRenderer):
-    """vLLM's renderer for Hugging Face tokenizers, with LLaDA-V's cut at `<image>`."""
+    """vLLM's renderer for Hugging Face tokenizers, with LLaDA-V's conversation and its cut at `<image>`."""
 
     def __init__(self, config: "VllmConfig", tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         p003_stream_status.install()
-        # On the renderer's own copy, so not before: copying a vLLM tokenizer rebuilds it.
-        if self.tokenizer is not None and self.tokenizer.chat_template is None:
-            self.tokenizer.chat_template = default_chat_template()
+        if self.tokenizer is not None:
+            self._prepare_tokenizer()
         # Pillow raises an error of its own at twice its limit, which vLLM answers with HTTP 500.
         # vLLM's check of the same header gives 400.
         if envs.VLLM_MAX_IMAGE_PIXELS > 0:
@@ -91,6 +97,25 @@ class LLaDAVRenderer(HfRenderer):
             encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
         )
         admission.remember(self.prompt_limits)
+
+    def _prepare_tokenizer(self) -> None:
+        """On the renderer's own copy, so not before there is one: copying a vLLM tokenizer rebuilds it."""
+        tokenizer = self.tokenizer
+        self.templates = {tools: default_template(tokenizer, self.model_config, tools) for tools in (False, True)}
+        # For those who ask the tokenizer itself. Templates of other names stay: a request may name them.
+        own, chosen = tokenizer.chat_template, self.templates[False].template
+        tokenizer.chat_template = {**own, "default": chosen} if isinstance(own, dict) else chosen
+        tokenizer.init_kwargs = {**tokenizer.init_kwargs, "chat_template": chosen}
+        self.image_token_id = resolve_image_token_id(self.model_config.hf_config, tokenizer)
+        name_token(tokenizer, self.image_token_id, IMAGE_PLACEHOLDER)
+
+    def warmup(self, chat_params: "ChatParams") -> None:
+        """As vLLM's, which calls it once at start-up; says which chat template is used from now on."""
+        if self.tokenizer is not None and self.api_process_rank <= 0:
+            is_named = _named_template(chat_params) is not None
+            origin = "the one named at start-up" if is_named else self.templates[False].origin
+            logger.info("vllm_dvlm: chat template: %s", origin)
+        super().warmup(chat_params)
 
     def render_cmpl(self, prompts: Any, tok_params: Any = None, **kwargs: Any) -> Any:
         with refusals_are_value_errors():
@@ -110,9 +135,27 @@ class LLaDAVRenderer(HfRenderer):
         messages, prompts = await super().render_chat_async(conversations, chat_params, tok_params, **kwargs)
         return messages, _spelled(prompts, tok_params, chat_params)
 
-    def validate_token_ids(self, *args: Any, **kwargs: Any) -> None:
+    def validate_token_ids(self, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
+        """InvalidRequest for ids outside the model's vocabulary, and for those of rows that stand for nothing."""
         with refusals_are_value_errors():
-            super().validate_token_ids(*args, **kwargs)
+            super().validate_token_ids(token_ids, parameter=parameter)
+        if token_ids and self.tokenizer is not None and (strange := set(token_ids) - self._ids_with_text):
+            raise InvalidRequest(
+                f"Token id {min(strange)} stands for no text, the tokenizer does not have it: remove it",
+                parameter=parameter,
+            )
+
+    @cached_property
+    def _ids_with_text(self) -> frozenset[int]:
+        return frozenset([*self.get_tokenizer().get_vocab().values(), self.image_token_id])
+
+    def _detokenize_prompt(self, prompt: "TokensPrompt") -> "TokensPrompt":
+        self.validate_token_ids(prompt["prompt_token_ids"])
+        return super()._detokenize_prompt(prompt)
+
+    async def _detokenize_prompt_async(self, prompt: "TokensPrompt") -> "TokensPrompt":
+        self.validate_token_ids(prompt["prompt_token_ids"])
+        return await super()._detokenize_prompt_async(prompt)
 
     def process_for_engine(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_limits(super().process_for_engine(*args, **kwargs))
@@ -127,10 +170,54 @@ class LLaDAVRenderer(HfRenderer):
         return engine_input
 
     def render_messages(self, messages: Any, params: "ChatParams") -> Any:
-        return super().render_messages(messages, _as_text(params))
+        params = self._with_template(params)
+        conversation, prompt = super().render_messages(messages, params)
+        self._check_places(conversation, params)
+        return conversation, prompt
 
     async def render_messages_async(self, messages: Any, params: "ChatParams") -> Any:
-        return await super().render_messages_async(messages, _as_text(params))
+        params = self._with_template(params)
+        conversation, prompt = await super().render_messages_async(messages, params)
+        self._check_places(conversation, params)
+        return conversation, prompt
+
+    def _with_template(self, params: "ChatParams") -> "ChatParams":
+        """Name the template that writes the conversation and how it takes contents; let it give text, for ids would
+        bypass the cut at `<image>`.
+
+        InvalidRequest for tools that the template would leave out.
+        """
+        tokenizer = self.get_tokenizer()
+        tools = params.chat_template_kwargs.get("tools")
+        template = _named_template(params)
+        if template is None:
+            template = self.templates[bool(tools)].template
+        resolved = resolve_chat_template(tokenizer, template, tools, model_config=self.model_config)
+        if tools and params.tool_choice != "none" and not chat_template.reads_variable(resolved, "tools"):
+            raise InvalidRequest(
+                "tools: the chat template of this server has no place for them, the model would not see them; remove "
+                "them, or name a template that writes them with --chat-template",
+                parameter="tools",
+            )
+        content_format = resolve_chat_template_content_format(
+            template, tools, params.chat_template_content_format, tokenizer, model_config=self.model_config
+        )
+        kwargs = {name: value for name, value in params.chat_template_kwargs.items() if name != "chat_template"}
+        return replace(
+            params,
+            chat_template=template,
+            chat_template_content_format=content_format,
+            chat_template_kwargs={**kwargs, "tokenize": False},
+        )
+
+    def _check_places(self, conversation: Any, params: "ChatParams") -> None:
+        """Where contents stay parts, images must be placed by their own message.
+
+        Where contents are text, vLLM adds the places that a message lacks, so that a place in another message is one
+        too many and `check_placeholders` sees it.
+        """
+        if self.mm_processor is not None and params.chat_template_content_format == "openai":
+            check_places(conversation, IMAGE_PLACEHOLDER)
 
     def _tokenize_prompt(self, prompt: "TextPrompt", params: "TokenizeParams") -> "TokensPrompt":
         if self.mm_processor is None or IMAGE_PLACEHOLDER not in prompt["prompt"]:
@@ -185,10 +272,18 @@ def tokenize_pieces(text: str, encode: Any, bos_token_id: int | None, image_toke
     return token_ids
 
 
-def default_chat_template() -> str:
-    """The official conversation as a Jinja template, for checkpoints without one [1], [2]."""
-    folder = resources.files("vllm_dvlm") / "chat_templates"
-    return (folder / "llava_llada.jinja").read_text(encoding="utf-8")
+def default_template(tokenizer: Any, model_config: "ModelConfig", with_tools: bool = False) -> chat_template.Choice:
+    """The chat template for conversations for which the user names none.
+
+    with_tools: a checkpoint may have another template for conversations with tools.
+    """
+    from_files: list[Any] = [
+        resolve_chat_template(tokenizer, None, tools, model_config=model_config)
+        for tools in ([[], None] if with_tools else [None])
+    ]
+    # The files of a processor may have several, which vLLM hands over together.
+    from_files = [found.get("default") if isinstance(found, dict) else found for found in from_files]
+    return chat_template.choose(from_files)
 
 
 def _spelled(prompts: Any, tok_params: Any, chat_params: "ChatParams | None" = None) -> Any:
@@ -198,7 +293,8 @@ def _spelled(prompts: Any, tok_params: Any, chat_params: "ChatParams | None" = N
     return prompts
 
 
-def _as_text(params: "ChatParams") -> "ChatParams":
-    """Let the template give text: ids would bypass the cut at `<image>`."""
-    kwargs = {**params.chat_template_kwargs, "tokenize": False}
-    return replace(params, chat_template_kwargs=kwargs)
+def _named_template(params: "ChatParams") -> str | None:
+    """The template that a user names: by flag, in a request, or as an argument for the template."""
+    if params.chat_template is not None:
+        return params.chat_template
+    return params.chat_template_kwargs.get("chat_template")
