@@ -223,11 +223,11 @@ class DiffusionSampler:
         return position.step_in_block >= slot.plan.block_len
 
     def _stop_token_ids(self, step: StepBatch) -> torch.Tensor:
-        """[R, K] int64, padded with -1; made anew only when the batch's requests change."""
+        """[R, K] int64, ascending, padded with -1 in front; made anew only when the batch's requests change."""
         key = [s.stop_token_ids for s in step.slots]
         if key != self._stop_ids_key:
             width = max(1, *(len(ids) for ids in key))
-            rows = [[*ids, *[-1] * (width - len(ids))] for ids in key]
+            rows = [[*[-1] * (width - len(ids)), *ids] for ids in key]
             self._stop_ids = torch.tensor(rows, dtype=torch.int64).to(self.state.device, non_blocking=True)
             self._stop_ids_key = key
         return self._stop_ids
