@@ -17,8 +17,8 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.tokenizers.registry import TokenizerRegistry
 
 from vllm_dvlm.admission import PROMPT_LIMITS_KEY, PromptLimits
-from vllm_dvlm.errors import refusals_are_value_errors
-from vllm_dvlm.models.configuration import resolve_token_ids
+from vllm_dvlm.errors import InvalidRequest, refusals_are_value_errors
+from vllm_dvlm.models.configuration import resolve_image_token_id, resolve_token_ids
 from vllm_dvlm.models.processing import check_placeholders
 from vllm_dvlm.params import ServerSettings
 from vllm_dvlm.patches.vllm import p003_stream_status
@@ -80,6 +80,7 @@ class LLaDAVRenderer(HfRenderer):
             Image.MAX_IMAGE_PIXELS = None
         # Not the renderer's own tokenizer: that one is in use on other threads while requests are checked.
         tokenizer = cached_tokenizer_from_config(self.model_config)
+        self.image_token_id = resolve_image_token_id(self.model_config.hf_config, tokenizer)
         self.prompt_limits = PromptLimits(
             settings=ServerSettings.from_additional_config(config.additional_config),
             max_model_len=self.model_config.max_model_len,
@@ -118,7 +119,7 @@ class LLaDAVRenderer(HfRenderer):
         return await super().render_messages_async(messages, _as_text(params))
 
     def _tokenize_prompt(self, prompt: "TextPrompt", params: "TokenizeParams") -> "TokensPrompt":
-        if self.mm_processor is None or IMAGE_PLACEHOLDER not in prompt["prompt"]:
+        if IMAGE_PLACEHOLDER not in prompt["prompt"]:
             return super()._tokenize_prompt(prompt, params)
         tokenizer = self.get_tokenizer()
         # Not cut to length piece by piece; vLLM checks and truncates the whole afterwards.
@@ -126,7 +127,7 @@ class LLaDAVRenderer(HfRenderer):
             prompt["prompt"],
             lambda text: tokenizer(text, add_special_tokens=params.add_special_tokens, truncation=False)["input_ids"],
             tokenizer.bos_token_id,
-            self.mm_processor.info.image_token_id,
+            self.image_token_id,
         )
         return self._build_tokens_prompt(token_ids, prompt)
 
@@ -145,10 +146,16 @@ class LLaDAVRenderer(HfRenderer):
         return mm_uuid_items
 
     def _check_without_image(self, prompt: "TokensPrompt") -> None:
-        """A prompt without images never meets the processor, which checks all others."""
-        if self.mm_processor is not None and not prompt.get("multi_modal_data"):
-            image_token_id = self.mm_processor.info.image_token_id
-            check_placeholders(prompt["prompt_token_ids"], image_token_id, num_images=0)
+        """A prompt without images never meets the processor, which checks all others; in text-only mode there is
+        none."""
+        if not prompt.get("multi_modal_data"):
+            check_placeholders(prompt["prompt_token_ids"], self.image_token_id, num_images=0)
+        elif self.mm_processor is None:
+            raise InvalidRequest(
+                "At most 0 images may be provided: this server runs in text-only mode. Send text alone, or start it "
+                "without --language-model-only and without --limit-mm-per-prompt '{\"image\": 0}'.",
+                parameter="image",
+            )
 
 
 def tokenize_pieces(text: str, encode: Any, bos_token_id: int | None, image_token_id: int) -> list[int]:
