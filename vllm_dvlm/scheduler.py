@@ -7,6 +7,8 @@ scheduler sets ``num_computed_tokens`` to its start after every step.
 
 from __future__ import annotations
 
+import copy
+import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_dvlm.kv.groups import set_removed
 from vllm_dvlm.kv.release import release_tail
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, Space, check_lengths, resolve
-from vllm_dvlm.terms import Plan, Position, Step, advance, step_at, step_flops
+from vllm_dvlm.terms import LOST, Plan, Position, Resume, Step, advance, restart_position, step_at, step_flops
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -54,9 +56,12 @@ class DiffusionRequest(Request):
 
     plan: Plan
     pruned_plan: Plan | None
+    whole_plan: Plan
+    first_pruned_plan: Plan | None
     prune_layers: int | None
     position: Position
     step: Step
+    restarts: bool
     needs_encoder: bool
     report: dict[str, int]
     suffix_ids: list[int]
@@ -68,11 +73,12 @@ class DiffusionRequest(Request):
         ``report`` is what the reply tells about the request. prune_layers: see ``terms.step_flops``. ``step`` is what
         the next denoising step computes.
         """
-        self.plan = plan
-        self.pruned_plan = pruned_plan
+        self.plan = self.whole_plan = plan
+        self.pruned_plan = self.first_pruned_plan = pruned_plan
         self.prune_layers = prune_layers
         self.report = dict.fromkeys(("denoise_steps", "forward_tokens_full", "forward_tokens_cached", "flops"), 0)
         self.move_to(Position())
+        self.restarts = False
         self.needs_encoder = True
         self.suffix_ids = []
         self.stop_ids = set()
@@ -81,6 +87,13 @@ class DiffusionRequest(Request):
         """Stand at ``position`` of the plan as it is now."""
         self.position = position
         self.step = step_at(self.plan, position)
+
+    def restart(self) -> None:
+        """Go back to what the emitted tokens say; a request that was pruned is whole again and prunes once more."""
+        self.plan, self.pruned_plan = self.whole_plan, self.first_pruned_plan
+        self.move_to(restart_position(self.plan, self.position.num_emitted))
+        self.restarts = True
+        self.report["visual_tokens_after"] = self.report["visual_tokens_before"]
 
     def suffix_of(self, new_token_ids: list[int]) -> tuple[int, int]:
         """Where the suffix lies in a step's tokens, [first, end); (0, 0) if the step does not end the canvas.
@@ -129,7 +142,7 @@ class DiffusionScheduler(Scheduler):
         self.hf_config = self.vllm_config.model_config.hf_config
         self.counters: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
-        self._rejected: dict[str, str] = {}
+        self._rejected: set[str] = set()
         # Ids of the latest streamed inputs.
         self._streamed: deque[str] = deque(maxlen=64)
 
@@ -140,16 +153,24 @@ class DiffusionScheduler(Scheduler):
         if request.request_id not in self.requests:
             try:
                 self._prepare(request)
-            except ValueError as error:
+            except Exception as error:
                 # The front end has answered 400 to everything it can know; what it cannot fails this request alone.
-                request.__class__ = DiffusionRequest
-                request.start(Plan(request.num_prompt_tokens, 0, 0, 1, 1, 1))
-                self._rejected[request.request_id] = str(error)
-                logger.warning("Request %s cannot be served: %s", request.request_id, error)
+                self._reject(request, error)
             super().add_request(request)
         else:
             # vLLM would take it for the next piece of a streamed input and cut the tokens of the request that lives.
             logger.warning("Request %s is dropped: one of this id is not done yet", request.request_id)
+
+    def _reject(self, request: Request, error: Exception) -> None:
+        """Queue a request as one that the next step fails."""
+        if isinstance(error, ValueError):
+            logger.warning("Request %s cannot be served: %s", request.request_id, error)
+        else:  # of our own making, or of a plugin's
+            logger.error("Request %s cannot be served", request.request_id, exc_info=error)
+        request.__class__ = DiffusionRequest
+        request.start(Plan(request.num_prompt_tokens, 0, 0, 1, 1, 1))
+        set_removed(self.kv_cache_manager, request.request_id, 0)
+        self._rejected.add(request.request_id)
 
     def _prepare(self, request: Request) -> None:
         params = request.sampling_params
@@ -171,9 +192,7 @@ class DiffusionScheduler(Scheduler):
         request.__class__ = DiffusionRequest
         num_layers = self.hf_config.num_hidden_layers
         request.start(plan, resolved.pruned_plan(plan, num_visual), resolved.prune_after_layers(num_layers))
-        if request.pruned_plan is not None and request.prune_layers == self.settings.late_group_start():
-            removed = plan.total_len - request.pruned_plan.total_len
-            set_removed(self.kv_cache_manager, request.request_id, removed)
+        self._allocate_pruned(request)
         request.report["visual_tokens_before"] = request.report["visual_tokens_after"] = num_visual
         request.max_tokens = resolved.max_new_tokens(suffix_len)
         request.suffix_ids = suffix_ids if resolved.emits_suffix else []
@@ -183,6 +202,12 @@ class DiffusionScheduler(Scheduler):
         request.stop_ids = {params.eos_token_id, *(params.stop_token_ids or ())}
         self.counters["canvas_positions"] += plan.canvas_len
         self.counters["visual_tokens"] += num_visual
+
+    def _allocate_pruned(self, request: DiffusionRequest) -> None:
+        """Late layers with a KV cache group of their own never see what a request prunes inside its first step."""
+        if request.pruned_plan is not None and request.prune_layers == self.settings.late_group_start():
+            removed = request.plan.total_len - request.pruned_plan.total_len
+            set_removed(self.kv_cache_manager, request.request_id, removed)
 
     def _suffix_ids(self, text: str) -> list[int]:
         if not text:
@@ -260,13 +285,19 @@ class DiffusionScheduler(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, then the start of every request's next step."""
         # Pruning time, see ``DiffusionSampler``; taken first, since a request may end in this very step.
+        lost = []
         for req_id, spent_us in (model_runner_output.num_nans_in_logits or {}).items():
             request = self.requests.get(req_id)
-            if request is not None and spent_us:
+            if request is not None and spent_us == LOST:
+                lost.append(request)
+            elif request is not None and spent_us:
                 self.counters["prune_us"] += spent_us
                 request.report["prune_ms"] = spent_us / 1000
         model_runner_output.num_nans_in_logits = None
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in lost:
+            if request.status == RequestStatus.RUNNING:
+                self._restart(request)
         sampled = model_runner_output.sampled_token_ids
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(req_id)
@@ -279,8 +310,20 @@ class DiffusionScheduler(Scheduler):
                 self._shorten(request)
             request.move_to(advance(request.plan, request.position, num_new))
             request.num_computed_tokens = request.step.query_start
-            request.needs_encoder = False
+            request.needs_encoder = request.restarts = False
         return outputs
+
+    def _restart(self, request: DiffusionRequest) -> None:
+        """Send a request again that the worker does not know any more, from the tokens that the user has.
+
+        The worker keeps what a preempted request had, but not without bound. The step in which it says that this is
+        gone computes nothing; the request then goes back to the queue, since it may need more KV blocks than it holds.
+        """
+        logger.warning("Request %s was preempted and its canvas is gone: it restarts", request.request_id)
+        request.restart()
+        self._allocate_pruned(request)
+        self.running.remove(request)
+        self._preempt_request(request, time.monotonic())
 
     def _shorten(self, request: DiffusionRequest) -> None:
         """After its first step a request that prunes is as long as its survivors; the rest of its KV goes back.
@@ -293,10 +336,11 @@ class DiffusionScheduler(Scheduler):
         set_removed(self.kv_cache_manager, request.request_id, 0)
         before = self._num_kv_blocks(request)
         freed = release_tail(self.kv_cache_manager, request.request_id, request.plan.total_len)
-        self.counters["requests_pruned"] += 1
-        self.counters["visual_tokens_pruned"] += removed
-        self.counters["kv_blocks_before"] += before
-        self.counters["kv_blocks_freed"] += freed
+        if "kv_blocks_freed" not in request.report:  # one that has restarted counts once
+            self.counters["requests_pruned"] += 1
+            self.counters["visual_tokens_pruned"] += removed
+            self.counters["kv_blocks_before"] += before
+            self.counters["kv_blocks_freed"] += freed
         request.report["visual_tokens_after"] -= removed
         request.report |= {"kv_blocks_before": before, "kv_blocks_freed": freed, "kv_blocks_after": before - freed}
 
@@ -311,6 +355,7 @@ class DiffusionScheduler(Scheduler):
         transfer, so it is ours.
         """
         set_removed(self.kv_cache_manager, request.request_id, 0)
+        self._rejected.discard(request.request_id)
         super()._free_request(request, *args, **kwargs)
         return {"dvlm": request.report}, None
 
@@ -337,10 +382,13 @@ class DiffusionScheduler(Scheduler):
         return new_token_ids, stopped
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Preempt; the worker is told that the request comes back, so that it keeps the canvas."""
+        """Preempt; the worker will be told that the request comes back, and where it stands."""
         request.needs_encoder = True
-        params = request.sampling_params
-        params.extra_args = {**(params.extra_args or {}), RESUME_KEY: 1}
+        # A copy: samples of one prompt share their parameters.
+        params = copy.copy(request.sampling_params)
+        resume = Resume(request.position, request.restarts)
+        params.extra_args = {**(params.extra_args or {}), RESUME_KEY: resume.to_list()}
+        request.sampling_params = params
         super()._preempt_request(request, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

@@ -125,6 +125,39 @@ def step_at(plan: Plan, position: Position) -> Step:
     return Step(plan.prompt_len + position.block_start, total, total, is_refresh=False)
 
 
+def restart_position(plan: Plan, num_emitted: int) -> Position:
+    """Where a request goes on of which only the emitted tokens are known: at the start of the first open block.
+
+    Tokens of the block that were written and not yet emitted are written anew, with all the block's steps.
+    """
+    return Position(num_emitted // plan.block_len * plan.block_len, 0, num_emitted)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What the scheduler tells the worker of a preempted request that comes back.
+
+    position: where it stands. restarts: the worker has said that it does not know the request any more, so the canvas
+    is made anew from the emitted tokens, and a request that was pruned is whole again.
+    """
+
+    position: Position
+    restarts: bool = False
+
+    def to_list(self) -> list[int]:
+        """As plain numbers, for the way between processes."""
+        return [self.position.block_start, self.position.step_in_block, self.position.num_emitted, int(self.restarts)]
+
+    @classmethod
+    def from_list(cls, numbers: list[int]) -> Resume:
+        """Inverse of ``to_list``."""
+        return cls(Position(*numbers[:3]), bool(numbers[3]))
+
+
+# What the worker reports, instead of microseconds of pruning, for a request that it does not know any more.
+LOST = -1
+
+
 def num_scheduled_steps(num_masked: int, steps_per_block: int) -> list[int]:
     """How many positions each step of a block unmasks: ``m // n``, one more in the first ``m % n`` steps (point 20)."""
     base, extra = divmod(num_masked, steps_per_block)

@@ -73,25 +73,28 @@ def tokens(output: RequestOutput) -> list[int]:
 
 
 class Engine:
-    """An ``LLM`` in this process; ``use`` gives it the weights of another golden checkpoint."""
+    """An ``LLM`` in this process; ``use`` gives it the weights of another golden checkpoint.
 
-    def __init__(self, checkpoint: Callable[..., Path], trace_dir: Path) -> None:
+    changes: arguments of ``LLM`` that differ from those of the other tests.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Path], trace_dir: Path, **changes: Any) -> None:
         self._checkpoint = checkpoint
         self.trace_dir = trace_dir
         self._build_args: dict[str, int] = {"seed": 0}
         settings = {"trace_dir": str(trace_dir), "max_canvas_length": MAX_CANVAS_LENGTH}
+        arguments = {
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
+            "max_num_seqs": MAX_NUM_SEQS,
+            "num_gpu_blocks_override": NUM_KV_BLOCKS,
+            "kv_cache_memory_bytes": 64 * 2**20,
+            "limit_mm_per_prompt": {"image": 2},
+            "additional_config": {"dvlm": settings},
+            "disable_log_stats": False,
+        }
         with quiet_process():
-            self.llm = LLM(
-                str(checkpoint(**self._build_args)),
-                max_model_len=MAX_MODEL_LEN,
-                max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-                max_num_seqs=MAX_NUM_SEQS,
-                num_gpu_blocks_override=NUM_KV_BLOCKS,
-                kv_cache_memory_bytes=64 * 2**20,
-                limit_mm_per_prompt={"image": 2},
-                additional_config={"dvlm": settings},
-                disable_log_stats=False,
-            )
+            self.llm = LLM(str(checkpoint(**self._build_args)), **arguments | changes)
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler

@@ -84,6 +84,21 @@ def test_stop_token_ids(engine, reference):
     assert engine.trace("one")["num_forward_passes"] == len(oracle.steps)
 
 
+def test_many_stop_tokens_are_as_few(engine):
+    """In one batch with requests that have one stop token or none."""
+    engine.use(CASE.build_args)
+    token = CASE.final_ids[5]
+    work = {
+        "few": (prompt(), params(stop_token_ids=[token])),
+        "many": (prompt(), params(stop_token_ids=[*range(2000, 2060), token, *range(3000, 3060)])),
+        "none": (prompt(), params()),
+    }
+    outputs = {name: output.outputs[0] for name, output in engine.run(work).items()}
+    assert list(outputs["many"].token_ids) == list(outputs["few"].token_ids) != CASE.final_ids
+    assert outputs["many"].stop_reason == outputs["few"].stop_reason == token
+    assert list(outputs["none"].token_ids) == CASE.final_ids
+
+
 def test_stop_string_ends_the_request(engine):
     words = CASE.raw["final_text"].split(" ")
     word = next(w for w in words[4:] if words.index(w) >= 3)
@@ -182,6 +197,55 @@ def test_logprobs_of_stop_and_suffix(engine):
     assert ranks == [1] * case.stopped_at + [0] * num_suffix + [1], "greedy tokens are the first"
     for position, logprob in zip(range(case.stopped_at + 1), [*own[: case.stopped_at], own[-1]], strict=True):
         assert logprob == pytest.approx(math.log(chosen[position]), abs=LOGPROB_TOLERANCE)
+
+
+def test_logprobs_change_nothing_and_take_little_memory(engine, monkeypatch):
+    """Their requests' chunks are a quarter of the others', and nothing is copied in float64."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from vllm_dvlm.worker import logprobs
+
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            made = out if isinstance(out, (tuple, list)) else [out]
+            largest = max([largest, *(x.untyped_storage().nbytes() for x in made if torch.is_tensor(x))])
+            return out
+
+    logits = torch.randn(40, 5000)
+    with Largest():
+        ids, values, ranks = logprobs.row_logprobs(logits, logits.argmax(dim=1), 5)
+    assert largest == logits.nbytes
+    exact = torch.log_softmax(logits.double(), dim=-1).topk(5)
+    assert torch.equal(ids[:, 1:], exact.indices.int()) and torch.allclose(values[:, 1:].double(), exact.values)
+    assert torch.equal(ids[:, 0], ids[:, 1]) and ranks.tolist() == [1] * 40
+
+    engine.use(CASE.build_args)
+    monkeypatch.setattr(engine.sampler, "rows_per_chunk", 160)
+    rows, original = [], engine.model.vocab_logits
+    monkeypatch.setattr(engine.model, "vocab_logits", lambda hidden: rows.append(len(hidden)) or original(hidden))
+    options = {"diffusion_canvas_length": 64, "diffusion_max_steps": 4}
+    work = {f"r{i}": (prompt(), params(max_tokens=64, extra_args=options, ignore_eos=True)) for i in range(3)}
+    work["wants"] = (prompt(), params(max_tokens=64, extra_args=options, ignore_eos=True, logprobs=4))
+    outputs = engine.run(work)
+    assert rows[:4] == [160, 32, 40, 24]
+    replies = [list(output.outputs[0].token_ids) for output in outputs.values()]
+    assert replies == [replies[0]] * 4 and len(outputs["wants"].outputs[0].logprobs) == 64
+
+
+@pytest.mark.parametrize("at_steps", [{1, 6}])
+def test_logprobs_survive_a_preemption(engine, at_steps):
+    engine.use(CASE.build_args)
+    work = {"one": (prompt(), params(logprobs=3)), "other": (prompt(), params(logprobs=1))}
+    found = []
+    for preempted in (set(), at_steps):
+        steps = iter(range(1, 100))
+        outputs = engine.run(work, on_step=lambda s=steps, p=preempted: next(s) in p and engine.preempt_all())
+        found.append({name: output.outputs[0].logprobs for name, output in outputs.items()})
+    assert found[0] == found[1] and [len(entry) for entry in found[0]["one"]] == [3] * 16
 
 
 # -- noise and remasking ---------------------------------------------------------------------------------------

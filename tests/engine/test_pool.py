@@ -115,6 +115,7 @@ class Twin:
     late_removed: int = 0  # tokens that late layers never see, in the first step
     block_ids: list[list[int]] = field(default_factory=list)  # per KV cache group
     images: list[str] = field(default_factory=list)  # their names in the encoder cache
+    is_lost: bool = False
 
     def lengths(self, num_groups):
         """Rows that the next step needs in each group."""
@@ -208,7 +209,8 @@ class Driver:
         self.arrived[name], self.waited[name] = self.num_steps, 0
 
     def step(self):
-        from vllm_dvlm.terms import step_at
+        from vllm_dvlm.params import RESUME_KEY
+        from vllm_dvlm.terms import Resume, step_at
 
         output = self.scheduler.schedule()
         self.num_steps += 1
@@ -216,8 +218,13 @@ class Driver:
         is_empty = self.arrived and not output.num_scheduled_tokens
         self.num_empty_steps = self.num_empty_steps + 1 if is_empty else 0
         for new in output.scheduled_new_reqs:
-            # Also a preempted request that comes back: the runner sees it as new and the state finds its stash.
-            twin = self.twins.get(new.req_id) or self._new_twin(new)
+            # Also a preempted request that comes back: the runner sees it as new and the state finds its stash, or not.
+            twin = self.twins.get(new.req_id)
+            resume = (new.sampling_params.extra_args or {}).get(RESUME_KEY)
+            if twin is None or Resume.from_list(resume).restarts:
+                twin = self._new_twin(new)
+            elif self.rng.random() < 0.2:
+                twin.is_lost = True
             twin.block_ids = [list(blocks) for blocks in new.block_ids]
             twin.images = [feature.identifier for feature in new.mm_features]
             self.twins[new.req_id] = twin
@@ -251,15 +258,19 @@ class Driver:
         return output
 
     def _new_twin(self, new):
-        from vllm_dvlm.params import resolve
-        from vllm_dvlm.terms import Position
+        from vllm_dvlm.params import RESUME_KEY, resolve
+        from vllm_dvlm.terms import Position, Resume
 
         params = resolve(new.sampling_params.extra_args, new.sampling_params.max_tokens, self.settings)
         plan = params.plan(len(new.prompt_token_ids), 0)
         num_visual = sum(feature.mm_position.length for feature in new.mm_features)
         pruned = params.pruned_plan(plan, num_visual)
         is_late = pruned is not None and params.prune_after_layers(4) == self.settings.late_group_start()
-        return Twin(plan, pruned, Position(), plan.total_len - pruned.total_len if is_late else 0)
+        resume = new.sampling_params.extra_args.get(RESUME_KEY)
+        position = Position() if resume is None else Resume.from_list(resume).position
+        assert len(new.prefill_token_ids) == len(new.prompt_token_ids) + position.num_emitted
+        assert position.step_in_block == 0 and position.block_start <= position.num_emitted
+        return Twin(plan, pruned, position, plan.total_len - pruned.total_len if is_late else 0)
 
     def _groups(self, name):
         """(owner of the blocks, the worker's row of the block table, tokens) for each KV cache group."""
@@ -270,13 +281,18 @@ class Driver:
         """The worker's side of a step, then the scheduler's."""
         from vllm.v1.outputs import ModelRunnerOutput
 
-        from vllm_dvlm.terms import advance, cdiv
+        from vllm_dvlm.terms import LOST, advance, cdiv
 
-        names, sampled = list(output.num_scheduled_tokens), []
+        names, sampled, reports = list(output.num_scheduled_tokens), [], {}
         for name in names:
             twin = self.twins.get(name)
             if twin is None:  # aborted while the model ran
                 sampled.append([7])
+                continue
+            if twin.is_lost:  # it says so, and computes nothing
+                sampled.append([])
+                reports[name], twin.is_lost = LOST, False
+                self.outcomes["lost"] += 1
                 continue
             if twin.pruned_plan is not None:
                 twin.plan, twin.pruned_plan, twin.late_removed = twin.pruned_plan, None, 0
@@ -295,6 +311,7 @@ class Driver:
             sampled.append(tokens)
             twin.position = advance(plan, at, num_new)
         runner_output = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)
+        runner_output.num_nans_in_logits = reports
         for outputs in self.scheduler.update_from_output(output, runner_output).values():
             for one in outputs.outputs:
                 if one.finish_reason is not None:
@@ -342,7 +359,7 @@ class Driver:
 
 @pytest.mark.parametrize("two_groups", [False, True], ids=["one KV group", "late layers apart"])
 def test_pool_is_conserved(checkpoint, two_groups):
-    """Admit, step, prune at any ratio, finish, abort, preempt, fail; 10,000 operations."""
+    """Admit, step, prune at any ratio, finish, abort, preempt, forget, fail; 10,000 operations."""
     driver = Driver(checkpoint(seed=0), seed=int(two_groups), two_groups=two_groups)
     for _ in range(10_000):
         draw = driver.rng.random()
@@ -355,7 +372,7 @@ def test_pool_is_conserved(checkpoint, two_groups):
         else:
             driver.step()
         driver.check()
-    num_finished = sum(driver.outcomes.values())
+    num_finished = sum(driver.outcomes[kind] for kind in ("length", "stop", "abort", "error"))
     for _ in range(2000):  # nobody new; everything ends
         if not driver.arrived:
             break
@@ -367,3 +384,4 @@ def test_pool_is_conserved(checkpoint, two_groups):
     assert driver.scheduler.counters["kv_blocks_freed"] > 1000
     assert driver.most_running == MAX_SEQS and num_finished > 500
     assert {"length", "stop", "abort", "error", "preempted"} <= set(driver.outcomes), driver.outcomes
+    assert driver.outcomes["lost"] > 20

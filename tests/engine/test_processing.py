@@ -5,9 +5,11 @@ the scheduler can spoil these tests.
 """
 
 import asyncio
+import json
 import math
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.utils import AutoWeightsLoader
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache import MultiModalProcessorOnlyCache, engine_receiver_cache_from_config
+from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.renderers.registry import renderer_from_config
@@ -278,12 +282,20 @@ def test_server_options(checkpoint):
     front_end.shutdown()
 
 
-def test_profiling_input_has_the_promised_size(front_end):
+def test_budgets_follow_tokens_and_profiling_follows_tiles(front_end, checkpoint):
+    """The image with most visual tokens is another one than the one that takes most memory to encode."""
     processor = front_end.mm_processor
     promised = processor.info.get_mm_max_tokens_per_item(16384, {"image": 1})["image"]
-    dummy = processor.get_dummy_mm_inputs({"image": 1})
-    assert dummy["mm_placeholders"]["image"][0].length == promised
+    assert promised == 729 + 129 * 28 == 4341
     assert processor.info.get_mm_max_tokens_per_item(100, {"image": 1})["image"] == 100
+    assert len(dummy_pixels(processor)) == 37
+    limited = renderer_from_config(engine_config(checkpoint, hf_overrides={"max_image_tiles": 9}))
+    assert len(dummy_pixels(limited.mm_processor)) == 9
+    limited.shutdown()
+
+
+def dummy_pixels(processor):
+    return processor.get_dummy_mm_inputs({"image": 1})["mm_kwargs"]["image"][0].get_data()["pixel_values"]
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +398,67 @@ def test_passes_of_the_tower_do_not_matter(vision, monkeypatch):
     whole = vision(pixel_values)
     monkeypatch.setattr("vllm_dvlm.models.vision._TILES_PER_PASS", 2)
     assert torch.allclose(vision(pixel_values), whole, atol=1e-4)
+
+
+@torch.no_grad()
+def test_passes_are_shared_by_small_images_alone(fresh, vision, monkeypatch):
+    """Each image's tokens are those it has alone; a pass takes small images together, and no large one with another."""
+    sizes = [(384, 384), (384, 300), (1500, 1100), (300, 384), (384, 384), (97, 61)]
+    images = [Image.effect_noise(size, 60).convert("RGB") for size in sizes]
+    items = [("image", item_of(fresh, image)) for image in images]
+    ((_, _, batch),) = group_and_batch_mm_kwargs(items)
+    passes = []
+    forward = vision.vision_tower.forward
+
+    def counted(pixel_values):
+        passes.append(len(pixel_values))
+        return forward(pixel_values)
+
+    monkeypatch.setattr(vision.vision_tower, "forward", counted)
+    together = vision.embed_multimodal(**batch)
+    assert passes == [4, 16, 5, 6]
+    for item, tokens in zip(items, together, strict=True):
+        ((_, _, alone),) = group_and_batch_mm_kwargs([item])
+        assert torch.allclose(vision.embed_multimodal(**alone)[0], tokens, atol=1e-4)
+
+
+def item_of(front_end, image):
+    return render(front_end, {"prompt": "<image>", "multi_modal_data": {"image": image}})["mm_kwargs"]["image"][0]
+
+
+@torch.no_grad()
+def test_no_image_takes_more_memory_than_was_profiled(fresh, vision, checkpoint, tmp_path):
+    """As many of the images that vLLM profiles at start-up as it takes, against a photo of 37 tiles, and against as
+    many of those as a step's budget admits: what a pass needs beside its results is the same."""
+    config = engine_config(checkpoint, max_model_len=16384, max_num_batched_tokens=16384)
+    budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
+    photo = item_of(fresh, Image.effect_noise((2304, 2304), 60).convert("RGB"))
+    num_tokens, num_tiles = 3699, len(photo.get_data()["pixel_values"])
+    most = budget.get_encoder_budget() // num_tokens
+    profiled = budget.get_dummy_encoder_profile_inputs()
+    assert (num_tiles, len(profiled), most) == (37, 3, 4)
+    peaks, results = {}, {}
+    for name, items in {"profiled": profiled, "one": [("image", photo)], "most": [("image", photo)] * most}.items():
+        ((_, _, batch),) = group_and_batch_mm_kwargs(items)
+        peaks[name], tokens = peak_memory(lambda batch=batch: vision.embed_multimodal(**batch), tmp_path / name)
+        results[name] = sum(x.nbytes for x in tokens)
+    assert results["most"] == most * num_tokens * vision.image_newline.nbytes
+    features = num_tiles * 729 * vision.image_newline.nbytes
+    assert features < peaks["one"] <= peaks["profiled"]
+    beside = {name: peaks[name] - results[name] for name in peaks}
+    assert beside["most"] <= beside["profiled"] * 1.01
+    # The features of one image, the pass that makes the last of them or the map that is made from them.
+    assert beside["most"] < 2.5 * features
+
+
+def peak_memory(run, file):
+    """(most bytes that ``run`` held at a time, its result), as torch's allocator on the host reports them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    profile.export_chrome_trace(str(file))
+    events = [e for e in json.loads(Path(file).read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held = np.cumsum([e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])])
+    return int(held.max()), result
 
 
 def test_projectors():

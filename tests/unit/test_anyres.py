@@ -15,6 +15,7 @@ from PIL import Image
 from vllm_dvlm.models.anyres import (
     ImageLayoutConfig,
     arrange,
+    heaviest_image,
     largest_image,
     layout_of,
     num_visual_tokens,
@@ -116,6 +117,21 @@ def test_no_image_is_larger_than_the_largest(width, height):
         assert num_visual_tokens(width, height, layout()) <= bound
     except ValueError:
         assert max(width, height) > 20 * min(width, height)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIDES, SIDES, st.sampled_from(["anyres_max_4", "anyres", "pad"]), st.sampled_from([None, 5, 12]))
+def test_no_image_has_more_tiles_than_the_heaviest(width, height, aspect_ratio, max_tiles):
+    """Of those that the server takes; among images of as many tiles, none has more visual tokens."""
+    of_mode = layout(aspect_ratio)
+    most = layout_of(*heaviest_image(of_mode, max_tiles), of_mode)
+    try:
+        found = layout_of(width, height, of_mode)
+    except ValueError:
+        return
+    assert max_tiles is None or most.num_tiles <= max_tiles
+    if max_tiles is None or found.num_tiles <= max_tiles:
+        assert (found.num_tiles, found.num_visual_tokens) <= (most.num_tiles, most.num_visual_tokens)
 
 
 @settings(max_examples=15, deadline=None)

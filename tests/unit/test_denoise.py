@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.decoding import MASK, Run, emitted, num_by_threshold, official
 from vllm_dvlm import terms
@@ -84,7 +85,7 @@ def runs(draw, **fixed):
         "refresh_interval": draw(st.sampled_from([1, 1, 2, 3, 50])),
         "threshold": draw(st.none() | st.sampled_from([0.3, 1.0, 2.5])),
         "suffix": draw(st.sampled_from([(), (), (20,), (21, 22, 23)])),
-        "stop_ids": draw(st.sampled_from([(), (), (3,), (3, 5), (MASK + 99,)])),
+        "stop_ids": draw(st.sampled_from([(), (), (3,), (3, 5), (MASK + 99,), (3, *range(100, 200))])),
         "mask_share": draw(st.sampled_from([0.0, 0.0, 0.2, 0.7])),
         "levels": draw(st.sampled_from([1, 4, 1000])),
         "prompt_len": draw(st.integers(1, 9)),
@@ -139,7 +140,7 @@ def step_batch(batch, state):
             proposed[r, p], confidence[r, p] = run.says(block_start, step, p)
     threshold = [float("nan") if run.threshold is None else run.threshold for run in batch]
     num_stops = max(1, *(len(run.stop_ids) for run in batch))
-    stop_ids = [[*run.stop_ids, *[-1] * (num_stops - len(run.stop_ids))] for run in batch]
+    stop_ids = [[*[-1] * (num_stops - len(run.stop_ids)), *sorted(run.stop_ids)] for run in batch]
     return take_step(
         state, proposed, confidence, torch.tensor(threshold, dtype=torch.float64), torch.tensor(stop_ids), MASK
     )
@@ -235,6 +236,30 @@ def test_emission_never_shows_a_place_that_can_still_change():
             assert handed_out == out.canvases.tokens[0, : len(handed_out)].tolist()
             state = out.canvases
         assert handed_out == emitted(run, official(run))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returned."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else [out]
+        self.num = max([self.num, *(x.untyped_storage().nbytes() // x.itemsize for x in made if torch.is_tensor(x))])
+        return out
+
+
+@pytest.mark.parametrize("num_stops", [1, 2, 4, 5, 128, 3000])
+def test_stop_tokens_cost_no_more_than_their_list(num_stops):
+    """Nothing as large as requests x positions x stop tokens is made; the one stop that is written is found."""
+    stop_ids = (5, *range(1000, 999 + num_stops))
+    batch = [Run(24, 24, 1, stop_ids=stop_ids, seed=seed) for seed in range(6)] + [Run(24, 24, 1, seed=9)]
+    with LargestTensor() as largest:
+        out = step_batch(batch, fresh_canvases(batch))
+    assert largest.num <= max(len(batch) * 25, len(batch) * num_stops)
+    assert out.canvases.stop.tolist() == [-1 if (o := official(run)).stop is None else o.stop for run in batch]
+    assert (out.canvases.stop >= 0).sum() >= 4 and out.canvases.stop[-1] == -1
 
 
 def test_state_is_not_changed():

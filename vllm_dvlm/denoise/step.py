@@ -81,7 +81,7 @@ def take_step(
         proposed: [R, C] token per position; read at masked positions only.
         confidence: [R, C] float64 of the proposed token; read at candidates only.
         threshold: [R] float64 factor of the threshold rule, nan for requests that follow the schedule.
-        stop_token_ids: [R, K], padded with -1.
+        stop_token_ids: [R, K], ascending, padded with -1 in front.
         mask_token_id: a position that holds it is masked, also when the model predicted it (point 24).
     """
     pos = torch.arange(state.tokens.shape[1], device=state.tokens.device)
@@ -105,8 +105,8 @@ def take_step(
 
     in_canvas = pos < state.canvas_len[:, None]
     still_masked = (tokens == mask_token_id) & in_canvas
-    is_stop = (tokens[:, :, None] == stop_token_ids[:, None, :]).any(-1) & in_canvas
-    stop = _first(is_stop, -1)
+    # Written once, a position is never written again, and nothing behind a stop is: a new stop lies before the old one.
+    stop = _first(_is_in(proposed, stop_token_ids) & committed, state.stop)
     prefix = torch.minimum(_first(still_masked, tokens.shape[1]), state.canvas_len)
 
     # The scheduler follows the same rule with the same numbers: terms.advance.
@@ -143,8 +143,27 @@ def take_step(
     return StepOutput(after, emitted, num_new, committed, next_start, finished)
 
 
-def _first(flags: torch.Tensor, default: int) -> torch.Tensor:
-    """Index of the first True per row, ``default`` without one. [R, C] bool -> [R]."""
+# Columns that are cheaper to compare one by one than to search (CPU, 1 to 256 requests).
+_FEW_STOPS = 4
+
+
+def _is_in(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Whether each token is one of its row's ids, without a tensor over tokens and ids together. [R, C] bool.
+
+    tokens: [R, C]; ids: [R, K], ascending.
+    """
+    num = ids.shape[1]
+    if num > _FEW_STOPS:
+        place = torch.searchsorted(ids, tokens).clamp_(max=num - 1)
+        return ids.gather(1, place) == tokens
+    found = tokens == ids[:, :1]
+    for k in range(1, num):
+        found |= tokens == ids[:, k : k + 1]
+    return found
+
+
+def _first(flags: torch.Tensor, default: int | torch.Tensor) -> torch.Tensor:
+    """Index of the first True per row, ``default`` (a number or [R]) without one. [R, C] bool -> [R]."""
     return torch.where(flags.any(1), flags.long().argmax(1), default)
 
 

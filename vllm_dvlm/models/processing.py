@@ -28,6 +28,7 @@ from vllm_dvlm.errors import InvalidRequest
 from vllm_dvlm.models.anyres import (
     ImageLayout,
     ImageLayoutConfig,
+    heaviest_image,
     largest_image,
     layout_of,
     preprocess,
@@ -97,7 +98,7 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
 
     @cached_property
     def max_image_tokens(self) -> int:
-        """Visual tokens of the largest image; encoder budget and profiling are sized by it."""
+        """Visual tokens of the largest image; the encoder's budgets are sized by it."""
         return layout_of(*self.largest_image(), self.layout).num_visual_tokens
 
     def largest_image(self) -> tuple[int, int]:
@@ -154,7 +155,7 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
 
 
 class LLaDAVDummyInputsBuilder(BaseDummyInputsBuilder[LLaDAVProcessingInfo]):
-    """The largest image, for start-up profiling."""
+    """The image that takes most memory to encode, for start-up profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return ""  # ids, not text: see `LLaDAVMultiModalProcessor.get_dummy_inputs`
@@ -165,7 +166,7 @@ class LLaDAVDummyInputsBuilder(BaseDummyInputsBuilder[LLaDAVProcessingInfo]):
         mm_counts: Mapping[str, int],
         mm_options: "MultiModalDummyOptions",
     ) -> "MultiModalDataDict":
-        width, height = self.info.largest_image()
+        width, height = heaviest_image(self.info.layout, self.info.max_image_tiles)
         images = self._get_dummy_images(
             width=width,
             height=height,

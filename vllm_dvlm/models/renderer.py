@@ -220,7 +220,7 @@ class LLaDAVRenderer(HfRenderer):
             check_places(conversation, IMAGE_PLACEHOLDER)
 
     def _tokenize_prompt(self, prompt: "TextPrompt", params: "TokenizeParams") -> "TokensPrompt":
-        if self.mm_processor is None or IMAGE_PLACEHOLDER not in prompt["prompt"]:
+        if IMAGE_PLACEHOLDER not in prompt["prompt"]:
             return super()._tokenize_prompt(prompt, params)
         tokenizer = self.get_tokenizer()
         # Not cut to length piece by piece; vLLM checks and truncates the whole afterwards.
@@ -228,7 +228,7 @@ class LLaDAVRenderer(HfRenderer):
             prompt["prompt"],
             lambda text: tokenizer(text, add_special_tokens=params.add_special_tokens, truncation=False)["input_ids"],
             tokenizer.bos_token_id,
-            self.mm_processor.info.image_token_id,
+            self.image_token_id,
         )
         return self._build_tokens_prompt(token_ids, prompt)
 
@@ -247,10 +247,16 @@ class LLaDAVRenderer(HfRenderer):
         return mm_uuid_items
 
     def _check_without_image(self, prompt: "TokensPrompt") -> None:
-        """A prompt without images never meets the processor, which checks all others."""
-        if self.mm_processor is not None and not prompt.get("multi_modal_data"):
-            image_token_id = self.mm_processor.info.image_token_id
-            check_placeholders(prompt["prompt_token_ids"], image_token_id, num_images=0)
+        """A prompt without images never meets the processor, which checks all others; in text-only mode there is
+        none."""
+        if not prompt.get("multi_modal_data"):
+            check_placeholders(prompt["prompt_token_ids"], self.image_token_id, num_images=0)
+        elif self.mm_processor is None:
+            raise InvalidRequest(
+                "At most 0 images may be provided: this server runs in text-only mode. Send text alone, or start it "
+                "without --language-model-only and without --limit-mm-per-prompt '{\"image\": 0}'.",
+                parameter="image",
+            )
 
 
 def tokenize_pieces(text: str, encode: Any, bos_token_id: int | None, image_token_id: int) -> list[int]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # Tiles per pass through the tower. Its MLP holds about 20 MiB a tile at full size in float32, and a
-# pass of this many already fills a GPU; a batch of requests may bring hundreds.
+# pass of this many already fills a GPU; a batch of requests may bring hundreds. Small images share a
+# pass, a larger one has its own: no more than one large image's features exist at a time.
 _TILES_PER_PASS = 16
 
 
@@ -67,8 +68,15 @@ class VisionStack(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[T, 3, H, W] of any float dtype to projected patch features, [T, P * P, D] in the
         weights' dtype."""
-        projected = [self.mm_projector(self._encode(tiles)) for tiles in pixel_values.split(_TILES_PER_PASS)]
-        return projected[0] if len(projected) == 1 else torch.cat(projected)
+        features = None
+        for first in range(0, len(pixel_values), _TILES_PER_PASS):
+            part = self.mm_projector(self._encode(pixel_values[first : first + _TILES_PER_PASS]))
+            if len(part) == len(pixel_values):
+                return part
+            if features is None:
+                features = part.new_empty(len(pixel_values), *part.shape[1:])
+            features[first : first + len(part)] = part
+        return features
 
     def _encode(self, tiles: torch.Tensor) -> torch.Tensor:
         """One pass through the tower; where each rank holds it whole, each takes its share of the tiles."""
@@ -97,11 +105,24 @@ class VisionStack(nn.Module):
         """
         if grid_limits is None:
             grid_limits = [self.layout.grid_limit] * len(num_tiles)
-        features = self(pixel_values).split(list(num_tiles))
-        return [
-            arrange(feature, size, self.layout.with_grid_limit(limit), self.image_newline)
-            for feature, size, limit in zip(features, image_sizes, grid_limits, strict=True)
+        images = [
+            (tiles, size, self.layout.with_grid_limit(limit))
+            for tiles, size, limit in zip(pixel_values.split(list(num_tiles)), image_sizes, grid_limits, strict=True)
         ]
+        found: list[torch.Tensor] = []
+        first = start = 0
+        for i, count in enumerate([*num_tiles, _TILES_PER_PASS + 1]):
+            group = images[first:i]
+            num = sum(len(tiles) for tiles, _, _ in group)
+            if group and num + count > _TILES_PER_PASS:
+                features = self(pixel_values[start : start + num]).split([len(tiles) for tiles, _, _ in group])
+                found += [
+                    arrange(own, size, layout, self.image_newline)
+                    for own, (_, size, layout) in zip(features, group, strict=True)
+                ]
+                del features
+                first, start = i, start + num
+        return found
 
     def embed_multimodal(self, **kwargs: object) -> list[torch.Tensor]:
         """`embed` for the fields of `LLaDAVMultiModalProcessor`, as vLLM hands them to a model.

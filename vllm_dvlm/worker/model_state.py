@@ -8,7 +8,7 @@ R = requests of the batch, N = its tokens.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,14 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dvlm.models.forward_plan import ForwardPlan
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, Space, resolve
-from vllm_dvlm.terms import VisualSpan, step_at
+from vllm_dvlm.terms import Position, Resume, VisualSpan, step_at
 from vllm_dvlm.worker.attention_rows import AttentionRows, MetadataBuilder
+from vllm_dvlm.worker.embeddings import StepEmbeddings
 from vllm_dvlm.worker.image_maps import describe_images
+from vllm_dvlm.worker.logprobs import LogprobTable
 from vllm_dvlm.worker.pruning import StepPruner
 from vllm_dvlm.worker.sampler import DiffusionSampler
+from vllm_dvlm.worker.stash import Stash
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
 from vllm_dvlm.worker.trace import TraceRecorder, check_folder
 
@@ -45,9 +48,6 @@ logger = init_logger(__name__)
 
 # vLLM's GPU warm-up sends scheduler-like steps for requests of this name; their lengths follow no plan of ours.
 WARMUP_PREFIX = "_warmup_"
-# A stashed request is a few kB, a few dozen if it is pruned or wants logprobs. One that was preempted waits at the head
-# of the queue, so a thousand aborts would have to pass it before it is forgotten.
-MAX_STASHED = 1024
 
 
 @dataclass
@@ -105,9 +105,8 @@ class DiffusionModelState(ModelState):
         self.writes_traces = get_tensor_model_parallel_rank() == 0
         if self.writes_traces and self.settings.trace_dir is not None:
             check_folder(self.settings.trace_dir)
-        # Canvases of requests that were removed before their end, for those that were preempted and come back. The
-        # hook does not say which were aborted instead.
-        self._stash: OrderedDict[str, tuple[np.ndarray, RequestSlot]] = OrderedDict()
+        self.stash = Stash(self.max_num_reqs)
+        self.embeddings = StepEmbeddings(self)
 
     # -- life of a request -------------------------------------------------------------------------------------
 
@@ -118,26 +117,48 @@ class DiffusionModelState(ModelState):
         self.group_of = {name: i for i, group in enumerate(groups) for name in group.layer_names}
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Take a request into slot ``req_index``; one that was preempted goes on from its stashed canvas."""
+        """Take a request into slot ``req_index``; one that was preempted goes on where it stood."""
         req_id = new_req_data.req_id
         if req_id.startswith(WARMUP_PREFIX):
             return
-        sampling_params = new_req_data.sampling_params
-        stashed = self._stash.pop(req_id, None)
-        if stashed is not None and (sampling_params.extra_args or {}).get(RESUME_KEY):
+        resume = (new_req_data.sampling_params.extra_args or {}).get(RESUME_KEY)
+        resume = None if resume is None else Resume.from_list(resume)
+        goes_on = resume is not None and not resume.restarts
+        stashed = self.stash.take(req_id, resume.position) if goes_on else self.stash.drop(req_id)
+        if stashed is not None:
             row, slot = stashed
             slot.prompt_token_ids = new_req_data.prompt_token_ids
+            if slot.logprobs is not None:
+                slot.logprobs.to(self.device)
             self.canvases.restore(req_index, row, slot.params.options.diffusion_threshold)
         else:
-            slot = self._new_slot(new_req_data)
+            slot = self._new_slot(new_req_data, is_lost=goes_on)
             suffix = self.suffix_ids(slot.params.options.diffusion_suffix)
-            threshold = slot.params.options.diffusion_threshold
-            emitted = len(suffix) if slot.params.emits_suffix else 0
-            self.canvases.add(req_index, slot.plan, self.token_ids.mask_token_id, suffix, emitted, threshold)
+            self.canvases.add(
+                req_index,
+                slot.plan,
+                self.token_ids.mask_token_id,
+                suffix,
+                len(suffix) if slot.params.emits_suffix else 0,
+                slot.params.options.diffusion_threshold,
+                *self._restart(slot, new_req_data, resume),
+            )
         self.slots[req_index] = slot
         self.req_idx_of[req_id] = req_index
 
-    def _new_slot(self, new_req_data: NewRequestData) -> RequestSlot:
+    @staticmethod
+    def _restart(
+        slot: RequestSlot, new_req_data: NewRequestData, resume: Resume | None
+    ) -> tuple[Position, Sequence[int]]:
+        """Where a new slot begins, and what is known of its canvas."""
+        if resume is None or slot.is_lost:
+            return Position(), ()
+        if slot.trace is not None:
+            slot.trace.restart(resume.position)
+        prompt_len, position = new_req_data.prompt_len, resume.position
+        return position, new_req_data.prefill_token_ids[prompt_len : prompt_len + position.num_emitted]
+
+    def _new_slot(self, new_req_data: NewRequestData, is_lost: bool) -> RequestSlot:
         sampling_params = new_req_data.sampling_params
         space = Space(self.max_model_len - new_req_data.prompt_len, lambda text: len(self.suffix_ids(text)))
         params = resolve(sampling_params.extra_args, sampling_params.max_tokens, self.settings, space)
@@ -161,8 +182,13 @@ class DiffusionModelState(ModelState):
             tuple(sorted(stop_ids)),
             # Every rank must draw the same noise, so an unseeded request is seeded by its (random) id.
             seed if seed is not None else hash_seed(new_req_data.req_id),
-            pruned_plan=params.pruned_plan(plan, num_visual),
+            is_lost=is_lost,
         )
+        if is_lost:
+            return slot
+        slot.pruned_plan = params.pruned_plan(plan, num_visual)
+        if sampling_params.logprobs is not None:
+            slot.logprobs = LogprobTable(plan.canvas_len, sampling_params.logprobs, self.device)
         traced = params.options.diffusion_trace and self.writes_traces
         if traced or slot.pruned_plan is not None:
             slot.images = describe_images(new_req_data.mm_features, self.model.vision.layout)
@@ -182,7 +208,8 @@ class DiffusionModelState(ModelState):
         if req_idx is None:
             return
         slot = self.slots.pop(req_idx)
-        slot.prompt_embeds = None
+        if slot.is_lost:
+            return
         row = self.canvases.snapshot(req_idx)
         if slot.trace is not None:
             slot.trace.write(self.canvases.tokens_np(req_idx), int(row[COLUMN["stop"]]))
@@ -190,57 +217,22 @@ class DiffusionModelState(ModelState):
         emitted, stop = int(row[COLUMN["num_emitted"]]), int(row[COLUMN["stop"]])
         end = min(stop if stop >= 0 else slot.plan.canvas_len, slot.params.max_new_tokens(slot.plan.suffix_len))
         if emitted < end:
-            slot.prompt_token_ids = []  # comes again with the request
-            slot.logprobs = {p: tuple(x.cpu() for x in entry) for p, entry in slot.logprobs.items()}
-            self._stash[req_id] = (row, slot)
-            if len(self._stash) > MAX_STASHED:
-                self._stash.popitem(last=False)
+            self.stash.put(req_id, row, slot)
 
     # -- one step ----------------------------------------------------------------------------------------------
 
     def prepare_inputs_embeds(
         self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState
     ) -> torch.Tensor:
-        """Embeddings of the step's tokens: stored prompt embeddings, then the canvas as it is now. [N, hidden]."""
+        """Embeddings of the step's tokens. [N, hidden]. Not called in text-only mode: see ``prepare_inputs``."""
         self.execute_mm_encoder(scheduled_encoder_inputs)
-        embeds = self.encoder_runner.inputs_embeds
-        rows: list[np.ndarray] = []
-        columns: list[np.ndarray] = []
-        targets: list[np.ndarray] = []
-        for b, req_idx in enumerate(input_batch.idx_mapping_np.tolist()):
-            slot = self.slots.get(req_idx)
-            if slot is None:
-                continue
-            first, end = input_batch.query_start_loc_np[b : b + 2].tolist()
-            start = int(input_batch.num_computed_tokens_np[b])
-            prompt_len = slot.plan.prompt_len
-            if start < prompt_len:
-                if slot.prompt_embeds is None:
-                    slot.prompt_embeds = self._embed_prompt(slot)
-                embeds[first : first + prompt_len - start] = slot.prompt_embeds[start:]
-            tail = np.arange(max(start - prompt_len, 0), start + end - first - prompt_len)
-            rows.append(np.full(len(tail), req_idx))
-            columns.append(tail)
-            targets.append(np.arange(end - len(tail), end))
-        if rows:
-            index = torch.from_numpy(np.stack([np.concatenate(x) for x in (rows, columns, targets)]))
-            row, column, target = index.to(self.device, non_blocking=True)
-            ids = self.canvases.rows[row, column + (self.canvases.rows.shape[1] - self.canvases.max_canvas_len)]
-            embeds[target] = self.model.embed_input_ids(ids)
-        return embeds[: input_batch.num_tokens_after_padding]
-
-    def _embed_prompt(self, slot: RequestSlot) -> torch.Tensor:
-        """Merged prompt embeddings (golden README point 16), of the survivors once it is pruned. [prompt, hidden]."""
-        ids = torch.tensor(slot.prompt_token_ids, dtype=torch.int64, device=self.device)
-        embeds = self.model.embed_input_ids(ids)
-        for feature in self.encoder_cache.mm_features[slot.req_id]:
-            start = feature.mm_position.offset
-            visual = self.encoder_cache.encoder_outputs[feature.identifier]
-            embeds[start : start + feature.mm_position.length] = visual.to(embeds.dtype)
-        return embeds if slot.kept_rows is None else embeds[slot.kept_rows]
+        return self.embeddings.write(input_batch)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """Choose the rows that need vocabulary logits: masked positions that this step may unmask."""
+        """Choose the rows that need vocabulary logits: masked positions that this step may unmask.
+
+        Returns what replaces the runner's inputs: rotary positions where they differ, embeddings in text-only mode.
+        """
         self.step = None
         slots: list[RequestSlot] = []
         req_idx: list[int] = []
@@ -249,9 +241,9 @@ class DiffusionModelState(ModelState):
         token_rows: list[np.ndarray] = []
         for b, index in enumerate(input_batch.idx_mapping_np.tolist()):
             slot = self.slots.get(index)
-            if slot is None or slot.req_id != input_batch.req_ids[b]:
+            if slot is None or slot.req_id != input_batch.req_ids[b]:  # a dummy batch of vLLM's warm-up
                 self.forward_plan.reset()
-                return {}  # a dummy batch of vLLM's warm-up
+                return self._text_only_inputs(self.dummy_inputs_embeds(input_batch.num_tokens_after_padding))
             start = int(input_batch.num_computed_tokens_np[b])
             self._check_schedule(slot, index, start, int(input_batch.num_scheduled_tokens[b]))
             positions = self.rows_to_score(index, slot)
@@ -276,9 +268,14 @@ class DiffusionModelState(ModelState):
             query_len,
             input_batch.num_computed_tokens_np + query_len,
         )
+        inputs = {} if self.supports_mm_inputs else self._text_only_inputs(self.embeddings.write(input_batch))
         if any(slot.rope_positions is not None for slot in slots):
-            return {"positions": self._rotary_positions(slots, input_batch)}
-        return {}
+            inputs["positions"] = self._rotary_positions(slots, input_batch)
+        return inputs
+
+    def _text_only_inputs(self, embeds: torch.Tensor) -> dict[str, Any]:
+        """The embeddings as the runner's inputs where it would take its own token ids instead; else nothing."""
+        return {} if self.supports_mm_inputs else {"inputs_embeds": embeds, "input_ids": None}
 
     def _rotary_positions(self, slots: list[RequestSlot], input_batch: InputBatch) -> torch.Tensor:
         """Rotary positions of a batch in which a pruned request keeps its angles. [N] int64.
@@ -295,6 +292,8 @@ class DiffusionModelState(ModelState):
 
     def _check_schedule(self, slot: RequestSlot, req_idx: int, start: int, query_len: int) -> None:
         """Scheduler and worker must agree on where the request stands; a resumed request always starts at 0."""
+        if slot.is_lost:
+            return
         step = step_at(slot.plan, self.canvases.position(req_idx))
         if start not in (0, step.query_start) or start + query_len != step.query_end:
             raise RuntimeError(
@@ -307,6 +306,8 @@ class DiffusionModelState(ModelState):
 
         The candidates of ``denoise.step.candidates``, read from the host mirror.
         """
+        if slot.is_lost:
+            return np.empty(0, dtype=np.int64)
         row = self.canvases.mirror_np[req_idx]
         tokens = self.canvases.tokens_np(req_idx)[: slot.plan.canvas_len]
         masked = np.flatnonzero(tokens == self.token_ids.mask_token_id)
@@ -320,8 +321,8 @@ class DiffusionModelState(ModelState):
         return {"inputs_embeds": self.dummy_inputs_embeds(num_tokens)}
 
     def dummy_inputs_embeds(self, num_tokens: int) -> torch.Tensor:
-        """The runner's embedding buffer, contents unused. [num_tokens, hidden]."""
-        return self.encoder_runner.inputs_embeds[:num_tokens]
+        """The embedding buffer, contents unused. [num_tokens, hidden]."""
+        return self.embeddings.buffer[:num_tokens]
 
     def prepare_attn(
         self,

@@ -181,10 +181,11 @@ class StepPruner:
         keep = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         jobs = [job for job in self.jobs if job.layer == layer]
         for job in jobs:
-            # Inside the step every canvas row is masked and none committed.
-            masked = torch.ones(job.slot.plan.canvas_len, dtype=torch.bool, device=hidden.device)
+            # Inside the step none is committed, and all are masked unless the request has restarted.
+            mask_token_id = self.state.token_ids.mask_token_id
+            masked = self.state.canvases.is_masked(job.req_idx, job.slot.plan.canvas_len, mask_token_id)
             with job.timed():
-                self._choose(job, masked, ~masked)
+                self._choose(job, masked, torch.zeros_like(masked))
             span = keep[job.first : job.first + job.slot.plan.prompt_len]
             span[job.visual] = False
             span[job.visual[job.kept]] = True

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm import envs
-from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dvlm.denoise.confidence import CONFIDENCE, choose_tokens, forbid, greedy_low_confidence, random_confidence
 from vllm_dvlm.denoise.step import StepOutput, candidates, take_step
+from vllm_dvlm.terms import LOST
+from vllm_dvlm.worker.logprobs import RowLogprobs, emitted_logprobs, row_logprobs
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+    from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
     from vllm_dvlm.worker.model_state import DiffusionModelState, StepBatch
@@ -41,8 +43,7 @@ class _Proposals:
 
     tokens: torch.Tensor
     confidence: torch.Tensor
-    # (request, position) -> (token ids [K + 1], logprobs [K + 1], rank), for requests that want logprobs.
-    logprobs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    logprobs: list[RowLogprobs] = field(default_factory=list)
 
 
 class DiffusionSampler:
@@ -106,12 +107,19 @@ class DiffusionSampler:
             self._stop_token_ids(step),
             self.mask_token_id,
         )
+        lost = [i for i, slot in enumerate(step.slots) if slot.is_lost]
+        if lost:  # they computed nothing, so they say nothing
+            index = torch.tensor(lost).to(out.num_emitted.device, non_blocking=True)
+            out.num_emitted[index] = out.next_start[index] = 0
         self.state.canvases.scatter(step.idx, out.canvases)
         logprobs = self._collect_logprobs(step, proposals, out)
-        spent_us = None
+        report = None
         if self.state.pruner.active:
             still_masked, _ = candidates(out.canvases, self.mask_token_id)
-            spent_us = self.state.pruner.complete(still_masked, out)
+            report = self.state.pruner.complete(still_masked, out)
+        if lost:
+            report = torch.zeros(len(step.slots), dtype=torch.int32) if report is None else report
+            report[lost] = LOST
         self._record_traces(step, proposals, out)
         for slot in step.slots:
             slot.num_steps += 1
@@ -119,19 +127,29 @@ class DiffusionSampler:
             sampled_token_ids=out.emitted,
             logprobs_tensors=logprobs,
             # The one free number per request on the way to the scheduler, which takes it out; NaNs are not counted.
-            num_nans=None if envs.VLLM_RAISE_ON_LOGIT_NANS else spent_us,
+            num_nans=report if lost or not envs.VLLM_RAISE_ON_LOGIT_NANS else None,
             num_sampled=out.num_emitted.to(torch.int32),
             # The runner adds query_len - num_rejected to the computed tokens; that lands on next_start.
             num_rejected=(input_batch.seq_lens[: len(step.slots)] - out.next_start).to(torch.int32),
         )
 
     def _dummy(self, hidden_states: torch.Tensor, num_reqs: int) -> SamplerOutput:
-        """Answer of a dummy batch: one chunk of logits, so that memory profiling sees its size; no tokens."""
+        """Answer of a dummy batch: one chunk of every kind, so that memory profiling sees their size; no tokens."""
         if hidden_states.shape[0]:
-            # The memory of a CPU host is not measured this way, so one row is enough there.
-            num_rows = 1 if hidden_states.device.type == "cpu" else min(self.rows_per_chunk, 512)
-            rows = hidden_states[:1].repeat(num_rows, 1)
-            greedy_low_confidence(self._logits(rows).contiguous())
+            for is_special in (False, True):
+                # The memory of a CPU host is not measured this way, so one row is enough there.
+                on_host = hidden_states.device.type == "cpu"
+                most = self.state.max_num_reqs * self.state.settings.max_canvas_length
+                num_rows = 1 if on_host else min(self._chunk_rows(is_special), most)
+                logits = self._logits(hidden_states[:1].repeat(num_rows, 1)).contiguous()
+                if is_special:
+                    tokens = logits.argmax(dim=1)
+                    row_logprobs(logits, tokens, max(0, self.state.model_config.max_logprobs))
+                    for measure in CONFIDENCE.values():
+                        measure(logits, tokens)
+                else:
+                    greedy_low_confidence(logits)
+                del logits
         zeros = torch.zeros(num_reqs, dtype=torch.int32, device=hidden_states.device)
         tokens = torch.zeros(num_reqs, 1, dtype=torch.int64, device=hidden_states.device)
         return SamplerOutput(tokens, None, None, zeros, zeros.clone())
@@ -148,44 +166,43 @@ class DiffusionSampler:
         confidence = torch.full(tokens.shape, float("-inf"), dtype=torch.float64, device=tokens.device)
         out = _Proposals(proposed, confidence)
         generators: dict[int, torch.Generator] = {}
-        wants_logprobs = any(s.sampling_params.logprobs is not None for s in step.slots)
         for first, end in self._runs(step):
             request = int(step.row_request[first])
-            uniform = _is_plain(step.slots[request])
+            slot = step.slots[request]
             index = torch.from_numpy(np.stack([step.row_request[first:end], step.row_position[first:end]]))
             request_idx, position = index.to(tokens.device, non_blocking=True)
             logits = forbid(self._logits(hidden_states[first:end]), self.forbidden)
-            if uniform:
+            if _is_greedy(slot):
                 self._unstall(step, logits, first, end)
-                kept = logits.clone() if wants_logprobs else logits
+                if slot.logprobs is not None:  # before the logits are used up
+                    self._note_logprobs(out, request, slot, position, logits, logits.argmax(dim=1))
                 chosen, conf = greedy_low_confidence(logits)
             else:
-                kept = logits
                 chosen, conf = self._choose_special(step, request, logits, generators)
+                if slot.logprobs is not None:
+                    self._note_logprobs(out, request, slot, position, logits, chosen)
             proposed[request_idx, position] = chosen
             confidence[request_idx, position] = conf
-            if wants_logprobs:
-                self._stash_logprobs(step, out, kept, chosen, first, end)
         return out
 
     def _runs(self, step: StepBatch) -> list[tuple[int, int]]:
-        """Cut the rows into chunks that fit the memory bound; requests with settings of their own stand alone.
-
-        Noise and other confidences take float64 copies of a chunk; where chunks are large, theirs are smaller.
-        """
+        """Cut the rows into chunks that fit the memory bound; requests with settings of their own stand alone."""
         runs: list[tuple[int, int]] = []
         start, requests = 0, step.row_request
-        plain = np.array([_is_plain(s) for s in step.slots])
+        plain = np.array([_is_greedy(s) and s.logprobs is None for s in step.slots])
         # A cut wherever a special request begins or ends.
         kind = np.where(plain[requests], -1, requests) if len(requests) else requests
         cuts = [*(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(requests)]
         for cut in cuts:
-            size = self.rows_per_chunk
-            if start < cut and kind[start] >= 0 and size > 128:
-                size //= 4
+            size = self._chunk_rows(is_special=start < cut and bool(kind[start] >= 0))
             runs += [(i, min(i + size, cut)) for i in range(start, cut, size)]
             start = cut
         return runs
+
+    def _chunk_rows(self, is_special: bool) -> int:
+        """Rows of a chunk. Noise, other confidences and logprobs take copies of it; where it is large, less."""
+        size = self.rows_per_chunk
+        return size // 4 if is_special and size > 128 else size
 
     def _choose_special(
         self, step: StepBatch, request: int, logits: torch.Tensor, generators: dict[int, torch.Generator]
@@ -223,74 +240,35 @@ class DiffusionSampler:
         return position.step_in_block >= slot.plan.block_len
 
     def _stop_token_ids(self, step: StepBatch) -> torch.Tensor:
-        """[R, K] int64, padded with -1; made anew only when the batch's requests change."""
+        """[R, K] int64, ascending, padded with -1 in front; made anew only when the batch's requests change."""
         key = [s.stop_token_ids for s in step.slots]
         if key != self._stop_ids_key:
             width = max(1, *(len(ids) for ids in key))
-            rows = [[*ids, *[-1] * (width - len(ids))] for ids in key]
+            rows = [[*[-1] * (width - len(ids)), *ids] for ids in key]
             self._stop_ids = torch.tensor(rows, dtype=torch.int64).to(self.state.device, non_blocking=True)
             self._stop_ids_key = key
         return self._stop_ids
 
-    def _stash_logprobs(
-        self, step: StepBatch, out: _Proposals, logits: torch.Tensor, chosen: torch.Tensor, first: int, end: int
+    @staticmethod
+    def _note_logprobs(
+        out: _Proposals,
+        request: int,
+        slot: RequestSlot,
+        positions: torch.Tensor,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
     ) -> None:
-        """Log-probabilities of a chunk's rows whose requests want them, all at once."""
-        wanted = [step.slots[request].sampling_params.logprobs for request in step.row_request[first:end]]
-        rows = [i for i, num in enumerate(wanted) if num is not None]
-        if not rows:
-            return
-        index = torch.tensor(rows).to(chosen.device, non_blocking=True)
-        log_p = torch.log_softmax(logits[index].double(), dim=-1)
-        tokens = chosen[index][:, None]
-        own = log_p.gather(1, tokens)
-        best = log_p.topk(max(wanted[i] for i in rows), dim=-1)
-        ids = torch.cat([tokens, best.indices], dim=1)
-        values = torch.cat([own, best.values], dim=1).float()
-        ranks = (log_p > own).sum(dim=1) + 1
-        for j, i in enumerate(rows):
-            width = 1 + wanted[i]
-            place = int(step.row_request[first + i]), int(step.row_position[first + i])
-            out.logprobs[place] = ids[j, :width], values[j, :width], ranks[j]
+        rows = row_logprobs(logits, chosen, slot.sampling_params.logprobs)
+        out.logprobs.append(RowLogprobs(request, positions, *rows))
 
-    def _collect_logprobs(self, step: StepBatch, proposals: _Proposals, out: StepOutput) -> LogprobsTensors | None:
-        """Log-probabilities of the emitted tokens, as of the step in which each was unmasked.
-
-        Waits for the device; only batches with a request that wants logprobs come here. Tokens that no step chose
-        (suffix, places still masked at the end) have log-probability 0 and rank 0.
-        """
-        if not any(s.sampling_params.logprobs is not None for s in step.slots):
+    @staticmethod
+    def _collect_logprobs(step: StepBatch, proposals: _Proposals, out: StepOutput) -> LogprobsTensors | None:
+        """Keep what was written in this step, hand out what is emitted; None in a batch that wants no logprobs."""
+        if all(slot.logprobs is None for slot in step.slots):
             return None
-        committed = out.committed.cpu()
-        for (request, position), entry in proposals.logprobs.items():
-            if committed[request, position]:
-                step.slots[request].logprobs[position] = entry
-        width = 1 + max(s.sampling_params.logprobs or 0 for s in step.slots)
-        ids, values, ranks, cu = [], [], [], [0]
-        num_new = out.num_emitted.tolist()
-        emitted = out.emitted.cpu()
-        last = (out.canvases.num_emitted.cpu(), out.canvases.stop.tolist())
-        for request, slot in enumerate(step.slots):
-            cu.append(cu[-1] + num_new[request])
-            upto = int(last[0][request])
-            suffix_len = slot.plan.suffix_len if slot.params.emits_suffix else 0
-            tail = num_new[request] - (suffix_len + (last[1][request] >= 0) if out.finished[request] else 0)
-            for j in range(num_new[request]):
-                position = upto - tail + j
-                if j >= tail:  # suffix, then the stop token
-                    position = last[1][request] if j - tail == suffix_len else -1
-                entry = slot.logprobs.get(position)
-                id_row = torch.full((width,), int(emitted[request, j]), dtype=torch.int64)
-                value_row = torch.zeros(width)
-                if entry is not None:
-                    id_row[: len(entry[0])] = entry[0].cpu()
-                    value_row[: len(entry[1])] = entry[1].cpu()
-                ids.append(id_row)
-                values.append(value_row)
-                ranks.append(int(entry[2]) if entry is not None else 0)
-        if not ids:
-            return None
-        return LogprobsTensors(torch.stack(ids).int(), torch.stack(values), torch.tensor(ranks), cu)
+        for rows in proposals.logprobs:
+            step.slots[rows.request].logprobs.write(rows, out.committed[rows.request, rows.positions])
+        return emitted_logprobs(step.slots, out)
 
     def _record_traces(self, step: StepBatch, proposals: _Proposals, out: StepOutput) -> None:
         """Waits for the device; only for requests that are traced."""
@@ -315,6 +293,6 @@ class DiffusionSampler:
                 slot.trace.write(canvases.tokens_np(req_idx), int(out.canvases.stop[request]))
 
 
-def _is_plain(slot: RequestSlot) -> bool:
-    """True for greedy requests with the standard confidence; their rows are handled together."""
+def _is_greedy(slot: RequestSlot) -> bool:
+    """True for greedy requests with the standard confidence."""
     return slot.sampling_params.temperature == 0 and slot.params.options.diffusion_remasking == "low_confidence"

@@ -9,6 +9,7 @@ S = request slots, C = widest canvas (suffix included).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from vllm_dvlm.terms import Plan, Position, VisualSpan
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
+    from vllm_dvlm.worker.logprobs import LogprobTable
     from vllm_dvlm.worker.trace import TraceRecorder
 
 # Columns before the canvas tokens, in the order of the fields of ``Canvases`` after ``tokens``.
@@ -52,7 +54,9 @@ class RequestSlot:
     rope_positions: [prompt + canvas + suffix] int64 rotary positions, where they differ from the cache positions.
     noise_seed: seeds the request's noise together with the step number; None at temperature 0 without need of noise.
     images: what ``image_maps.describe_images`` says, for requests that prune or are traced; else empty.
-    logprobs: per canvas position (token ids [K + 1], logprobs [K + 1], rank), written when the position is unmasked.
+    logprobs: log-probabilities of the canvas, for requests that want them.
+    is_lost: the request came back and what was kept of it is gone. Such a slot lives for one step, in which it only
+        says so.
     """
 
     req_id: str
@@ -69,7 +73,8 @@ class RequestSlot:
     rope_positions: torch.Tensor | None = None
     prompt_embeds: torch.Tensor | None = None
     images: list[dict[str, Any] | None] = field(default_factory=list)
-    logprobs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    logprobs: LogprobTable | None = None
+    is_lost: bool = False
     trace: TraceRecorder | None = None
 
 
@@ -102,8 +107,15 @@ class CanvasStates:
         suffix: list[int],
         num_emitted_suffix: int,
         threshold: float | None,
+        start: Position | None = None,
+        emitted: Sequence[int] = (),
     ) -> None:
-        """Reset a slot to a fully masked canvas. num_emitted_suffix: tokens of the suffix handed out at the end."""
+        """Reset a slot to a canvas of which nothing but the emitted tokens is known.
+
+        num_emitted_suffix: tokens of the suffix handed out at the end. start, emitted: where a request that restarts
+        goes on, and the first ``start.num_emitted`` tokens of its canvas.
+        """
+        start = start or Position()
         row = np.zeros(NUM_FIELDS + self.max_canvas_len, dtype=np.int64)
         for name, value in (
             ("canvas_len", plan.canvas_len),
@@ -112,10 +124,14 @@ class CanvasStates:
             ("block_len", plan.block_len),
             ("steps_per_block", plan.steps_per_block or 0),
             ("refresh_interval", plan.refresh_interval),
+            ("block_start", start.block_start),
+            ("step_in_block", start.step_in_block),
+            ("num_emitted", start.num_emitted),
             ("stop", -1),
         ):
             row[COLUMN[name]] = value
         row[NUM_FIELDS : NUM_FIELDS + plan.canvas_len] = mask_token_id
+        row[NUM_FIELDS : NUM_FIELDS + len(emitted)] = emitted
         row[NUM_FIELDS + plan.canvas_len : NUM_FIELDS + plan.canvas_len + plan.suffix_len] = suffix
         self.restore(req_idx, row, threshold)
 
@@ -140,6 +156,10 @@ class CanvasStates:
     def tokens_np(self, req_idx: int) -> np.ndarray:
         """Canvas and suffix tokens of a slot, from the host mirror. [C] int64, a view."""
         return self.mirror_np[req_idx, NUM_FIELDS:]
+
+    def is_masked(self, req_idx: int, canvas_len: int, mask_token_id: int) -> torch.Tensor:
+        """Masked positions of a slot's canvas, on the device. [canvas_len] bool."""
+        return self.rows[req_idx, NUM_FIELDS : NUM_FIELDS + canvas_len] == mask_token_id
 
     def gather(self, idx: torch.Tensor, width: int) -> Canvases:
         """The batch's canvases. idx: [R] int64 slots; width: columns of tokens to take."""

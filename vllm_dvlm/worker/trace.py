@@ -88,6 +88,11 @@ class TraceRecorder:
         self._pruned_now: tuple[Plan, Plan] | None = None
         self.flops = 0
 
+    def restart(self, position: Position) -> None:
+        """Begin in the middle: the steps before are not known any more, ``restarted_at`` tokens of the canvas are."""
+        self.header["restarted_at"] = position.num_emitted
+        self.position = position
+
     def record_step(
         self,
         positions: list[int],
