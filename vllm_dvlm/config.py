@@ -5,8 +5,7 @@ What we need is set; what we cannot do is refused here, at start-up, with the re
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import ModelConfig
 from vllm.config.diffusion import DiffusionConfig
@@ -38,6 +37,19 @@ class WholeSequenceModelConfig(ModelConfig):
     def is_chunked_prefill_supported(self) -> bool:
         """False: the first forward pass is a denoising step over prompt and canvas together."""
         return False
+
+    def get_diff_sampling_param(self) -> dict[str, Any]:
+        """vLLM's defaults, and the length of a reply for requests that name none: else vLLM fills in all that fits.
+
+        vLLM reads a length named by ``--override-generation-config`` or ``--generation-config FOLDER`` as an upper
+        bound, too; so that one stays.
+        """
+        found = super().get_diff_sampling_param()
+        is_named = "max_new_tokens" in self.override_generation_config or self.generation_config not in ("auto", "vllm")
+        default = getattr(self.hf_config, "default_canvas_length", None)
+        if not is_named and default is not None:
+            found["max_tokens"] = default
+        return found
 
 
 class VerifyConfig(VerifyAndUpdateConfig):
@@ -71,7 +83,8 @@ class VerifyConfig(VerifyAndUpdateConfig):
         _refuse(vllm_config)
         settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         model_config = vllm_config.model_config
-        settings = replace(settings, num_layers=model_config.hf_config.num_hidden_layers)
+        settings = settings.for_model(model_config.hf_config.num_hidden_layers, model_config.hf_config.family)
+        model_config.hf_config.default_canvas_length = settings.default_canvas_length
         # Defaults that no request could be served with are refused here rather than request by request.
         resolve({}, None, settings)
         scheduler_config = vllm_config.scheduler_config

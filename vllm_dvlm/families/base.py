@@ -29,6 +29,8 @@ class Family:
     model_type: ``model_type`` of its config.json, which several families may share.
     model / config: ``module:class`` of the vLLM model and of the config.
     tokens: texts of tokens with a role.
+    default_canvas_len / default_block_len / default_steps: for requests that name neither a canvas nor ``max_tokens``.
+        None: the canvas is one block; one step per position.
     prompt_attends_canvas: True if prompt tokens see the canvas (one bidirectional sequence), False if the prompt
         attends only to itself and is computed once.
     shifts_logits: True if the logits at position i predict position i + 1.
@@ -40,5 +42,8 @@ class Family:
     model: str
     config: str
     tokens: TokenTexts
+    default_canvas_len: int
+    default_block_len: int | None = None
+    default_steps: int | None = None
     prompt_attends_canvas: bool = True
     shifts_logits: bool = False

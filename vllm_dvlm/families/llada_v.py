@@ -19,4 +19,8 @@ LLADA_V = Family(
         # Point 24; the mask token itself is not among them.
         forbidden=("<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>"),
     ),
+    # The official demo's gen_length, block_length and steps.
+    default_canvas_len=128,
+    default_block_len=128,
+    default_steps=128,
 )
