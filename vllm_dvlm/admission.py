@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 from vllm_dvlm.errors import InvalidRequest
 from vllm_dvlm.params import RESUME_KEY, ResolvedParams, ServerSettings, Space, check_lengths, resolve
 from vllm_dvlm.pruning import create
+from vllm_dvlm.stream_status import note_admission
 
 if TYPE_CHECKING:
     from vllm import PoolingParams
@@ -126,6 +127,15 @@ def validate_request(engine_input: Mapping[str, Any], params: SamplingParams | P
 
     Requests to other models pass. Raises InvalidRequest (HTTP 400, a ValueError).
     """
+    try:
+        _check_request(engine_input, params)
+    except BaseException:
+        note_admission(False)
+        raise
+    note_admission(True)
+
+
+def _check_request(engine_input: Mapping[str, Any], params: SamplingParams | PoolingParams) -> None:
     noted = _noted.get()
     _noted.set(None)
     if noted is None or noted[0] is not params:
