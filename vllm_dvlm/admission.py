@@ -40,6 +40,7 @@ from vllm_dvlm.sampling_parameters import (
     Spelling,
     asks_for_nothing,
 )
+from vllm_dvlm.stream_status import note_admission
 
 if TYPE_CHECKING:
     from vllm import PoolingParams
@@ -242,6 +243,15 @@ def validate_request(engine_input: Mapping[str, Any], params: SamplingParams | P
 
     Requests to other models pass. Raises InvalidRequest (HTTP 400, a ValueError).
     """
+    try:
+        _check_request(engine_input, params)
+    except BaseException:
+        note_admission(False)
+        raise
+    note_admission(True)
+
+
+def _check_request(engine_input: Mapping[str, Any], params: SamplingParams | PoolingParams) -> None:
     noted = _noted.get()
     _noted.set(None)
     if noted is None or noted[0] is not params:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from vllm_dvlm.families.base import Family
 from vllm_dvlm.option_checks import choice, integer, number, optional, switch, text, unknown
 from vllm_dvlm.pruning.names import AT_LAYER, ROWS, known_methods
 from vllm_dvlm.terms import Plan, pruned_prompt_len, round_up
@@ -36,6 +37,17 @@ VLLM_EXTRA_ARGS = frozenset({"kv_cache_report_mode", "session_id"})
 RESUME_KEY = "_dvlm_resume"
 
 
+# Settings that may be null: what they mean then is worked out elsewhere.
+_MAY_BE_ABSENT = (
+    "default_canvas_length",
+    "default_block_length",
+    "default_max_steps",
+    "max_image_tiles",
+    "logits_chunk_bytes",
+    "num_layers",
+)
+
+
 def _setting(default: Any, doc: str, values: str) -> Any:
     return field(default=default, metadata={"doc": doc, "values": values})
 
@@ -48,7 +60,10 @@ class DenoiseParams:
     """
 
     diffusion_canvas_length: int | None = _setting(
-        None, "length of the canvas; default: `max_tokens` rounded up to whole blocks", "1 … server maximum, or none"
+        None,
+        "length of the canvas; default: `max_tokens` rounded up to whole blocks, without it the server's "
+        "`default_canvas_length`",
+        "1 … server maximum, or none",
     )
     diffusion_block_length: int | None = _setting(
         None, "semi-autoregressive blocks; default: the canvas is one block", "divides the canvas, or none"
@@ -89,11 +104,17 @@ class ServerSettings:
     """Settings of one server, from ``--additional-config '{"dvlm": {...}}'``.
 
     ``defaults`` holds values of request options for requests that do not set them; in the JSON they stand beside the
-    other settings. ``num_layers`` is filled in by the config hook.
+    other settings. ``num_layers`` and what the family says of blocks and steps are filled in by the config hook.
     """
 
     defaults: DenoiseParams = DenoiseParams()
     max_canvas_length: int = _setting(512, "largest canvas, suffix included, that a request may ask for", "≥ 1")
+    default_canvas_length: int | None = _setting(
+        None,
+        "canvas of requests that name neither a canvas nor `max_tokens`; default: the family's (LLaDA-V: 128, in one "
+        "block, a step per position)",
+        "1 … `max_canvas_length`",
+    )
     max_image_tiles: int | None = _setting(None, "most tiles of one image; default: the checkpoint's grid", "≥ 1")
     trace_dir: str | None = _setting(None, "folder for traces; without it `diffusion_trace` is refused", "path")
     logits_chunk_bytes: int | None = _setting(
@@ -104,6 +125,8 @@ class ServerSettings:
     )
     cpu_dtype: str = _setting("float32", "dtype on a CPU host (a GPU follows `--dtype`)", "float32|bfloat16")
     num_layers: int | None = None
+    default_block_length: int | None = None
+    default_max_steps: int | None = None
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> ServerSettings:
@@ -126,17 +149,30 @@ class ServerSettings:
                 choice(key, value, ("auto", "one"))
             elif key == "cpu_dtype":
                 choice(key, value, ("float32", "bfloat16"))
-            elif value is None and key in ("max_image_tiles", "logits_chunk_bytes", "num_layers"):
+            elif value is None and key in _MAY_BE_ABSENT:
                 pass
             else:
                 value = integer(key, value, minimum=1)
             settings = replace(settings, **{key: value})
+        if (settings.default_canvas_length or 0) > settings.max_canvas_length:
+            raise ValueError(
+                f"default_canvas_length {settings.default_canvas_length} is larger than max_canvas_length "
+                f"{settings.max_canvas_length}; lower the one or raise the other"
+            )
         return settings
 
     @classmethod
     def names(cls) -> set[str]:
         """What the ``dvlm`` entry may say: settings, and options as defaults."""
         return {f.name for c in (cls, DenoiseParams) for f in fields(c)} - {"defaults"}
+
+    def for_model(self, num_layers: int, family: Family) -> ServerSettings:
+        """The settings with what the model says where they say nothing."""
+        canvas = self.default_canvas_length or min(family.default_canvas_len, self.max_canvas_length)
+        blocks = {}
+        if canvas == family.default_canvas_len:
+            blocks = {"default_block_length": family.default_block_len, "default_max_steps": family.default_steps}
+        return replace(self, num_layers=num_layers, default_canvas_length=canvas, **blocks)
 
     def late_group_start(self) -> int | None:
         """Layers before the late KV cache group; None if all layers share one group.
@@ -257,9 +293,17 @@ def resolve(
     _refuse_unsupported(opts, settings)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}: the canvas needs a position")
+    # What nobody names vLLM fills in with all that fits.
+    is_unnamed = opts.diffusion_canvas_length is None and settings.default_canvas_length is not None
+    is_unnamed &= max_tokens is None or (space is not None and max_tokens == space.room)
+    if is_unnamed:
+        room = settings.default_canvas_length if space is None else space.room
+        max_tokens = max(1, min(settings.default_canvas_length, room))
     canvas, block = _canvas_and_block(opts, raw, max_tokens, settings.max_canvas_length, space)
-    num_blocks = canvas // block
     steps = opts.diffusion_max_steps
+    if is_unnamed and canvas == settings.default_canvas_length and opts.diffusion_block_length is steps is None:
+        block, steps = settings.default_block_length or canvas, settings.default_max_steps
+    num_blocks = canvas // block
     if steps is None:
         steps = canvas
     if steps < num_blocks or steps % num_blocks:

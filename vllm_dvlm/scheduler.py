@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -221,8 +223,8 @@ class DiffusionScheduler(Scheduler):
         """vLLM's ``schedule``, with requests held back that would not fit whole."""
         if self._rejected:
             self._fail_rejected()
-        self._hold_back_what_does_not_fit()
-        output = super().schedule(*args, **kwargs)
+        with self._closed_to_new_requests(self._hold_back_what_does_not_fit()):
+            output = super().schedule(*args, **kwargs)
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             request = self.requests[req_id]
             # num_computed_tokens has been moved to the end of the query by now.
@@ -246,24 +248,33 @@ class DiffusionScheduler(Scheduler):
                 self.encoder_cache_mismatch_reqs.add(req_id)
         self._rejected.clear()
 
-    def _hold_back_what_does_not_fit(self) -> None:
+    def _hold_back_what_does_not_fit(self) -> bool:
         """Skip, for one step, running requests whose whole query exceeds what is left of the token budget.
 
-        vLLM would cut the query to the budget, chunked prefill or not, and half a denoising step is wrong. Those
-        skipped go to the front of the queue, so nobody starves.
+        vLLM would cut the query to the budget, chunked prefill or not, and half a denoising step is wrong. In the order
+        of admission, so nobody waits for a request that came later. Returns True if any is held back.
         """
-        budget = self.max_num_scheduled_tokens
-        held = []
+        budget, is_any_held = self.max_num_scheduled_tokens, False
         for request in self.running:
             need = request.num_tokens_with_spec - request.num_computed_tokens
             if need > budget:
                 # schedule() advances current_step before it compares: this skips exactly the coming call.
                 request.next_decode_eligible_step = self.current_step + 2
-                held.append(request)
+                is_any_held = True
             else:
                 budget -= need
-        if held:
-            self.running = held + [r for r in self.running if r not in held]
+        return is_any_held
+
+    @contextmanager
+    def _closed_to_new_requests(self, is_closed: bool) -> Iterator[None]:
+        """Admit nobody inside: more requests than one step can hold would keep KV blocks and wait for each other."""
+        most = self.max_num_active_reqs
+        if is_closed:
+            self.max_num_active_reqs = len(self.running)
+        try:
+            yield
+        finally:
+            self.max_num_active_reqs = most
 
     def _try_schedule_encoder_inputs(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any

@@ -1,84 +1,165 @@
-"""A refused request that asked for a stream gets HTTP 400, like any other refused request.
+"""A refused request that asked for a stream gets the same answer as without one: HTTP 400 and the reason.
 
-vLLM answers a streamed request with 200 before it validates the parameters; the refusal then comes as the first event
-of the stream. The middleware holds the status line back until that first event and, when it is an error, answers with
-the error's own code and body instead. Good streams lose nothing: their first event is the first thing a client reads.
+vLLM answers a streamed request with 200 before it validates the parameters; the refusal then comes as an event, after
+other events, or breaks the stream off, each endpoint in its own way. So nothing of an event is read here: the
+middleware holds a stream back until ``admission`` has let the request pass, which takes no longer than the stream's
+first token. If it never does, the request is served once more without ``stream``, and that answer, in the endpoint's
+own words, is sent instead. Good streams lose nothing.
 """
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _EVENT_STREAM = b"text/event-stream"
-_EVENT_PREFIX = b"data: "
+# Fields of a body that mean nothing, or another answer, without a stream.
+_ONLY_STREAMED = ("stream_options", "background")
+# Where vLLM's endpoints come from; the second wraps /invocations.
+_PACKAGES = ("vllm", "model_hosting_container_standards")
+# A stream that says so much before a request of it is admitted is none of those that are refused.
+_MAX_HELD_BYTES = 2**20
+
+
+@dataclass
+class Gate:
+    """What ``admission`` said of the requests of one connection; shared by the tasks that serve it."""
+
+    is_admitted: bool = False
+    is_refused: bool = False
+
+
+_gate: ContextVar[Gate | None] = ContextVar("dvlm_gate", default=None)
+
+
+def note_admission(is_admitted: bool) -> None:
+    """Say that a request of this connection was let pass or refused. Nothing happens where no client streams."""
+    gate = _gate.get()
+    if gate is not None:
+        gate.is_admitted |= is_admitted
+        gate.is_refused |= not is_admitted
 
 
 class StreamStatus:
-    """ASGI middleware; see the module. Answers other than event streams pass untouched."""
+    """ASGI middleware; see the module. Answers other than event streams of vLLM's endpoints pass untouched."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Callable[..., Any], send: Send) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] == "http":
-            send = _HeldStart(send)
-        await self.app(scope, receive, send)
+        if scope["type"] != "http" or scope.get("method") != "POST":
+            await self.app(scope, receive, send)
+            return
+        again = dict(scope)  # routing writes into the scope
+        gate = Gate()
+        request = _KeptRequest(receive)
+        answer = _HeldStream(send, gate, scope)
+        token = _gate.set(gate)
+        error: Exception | None = None
+        try:
+            await self.app(scope, request, answer)
+        except Exception as raised:
+            if not answer.is_held:
+                raise
+            error = raised
+        finally:
+            _gate.reset(token)
+        if not answer.is_held or request.is_disconnected:
+            return
+        if gate.is_refused or not gate.is_admitted:
+            body = request.without_stream()
+            if body is not None:
+                await self.app(again, _Replay(body, receive), send)
+                return
+        await answer.release()
+        if error is not None:
+            raise error
 
 
-class _HeldStart:
-    """`send` of one response; keeps the start of an event stream until its first event."""
+@dataclass
+class _KeptRequest:
+    """``receive`` of one request that remembers the body."""
 
-    def __init__(self, send: Send) -> None:
+    receive: Receive
+    chunks: list[bytes] = field(default_factory=list)
+    is_disconnected: bool = False
+
+    async def __call__(self) -> Message:
+        message = await self.receive()
+        if message["type"] == "http.request":
+            self.chunks.append(message.get("body", b""))
+        elif message["type"] == "http.disconnect":
+            self.is_disconnected = True
+        return message
+
+    def without_stream(self) -> bytes | None:
+        """The body of the same request without a stream; None for a body that does not ask for one."""
+        try:
+            body = json.loads(b"".join(self.chunks))
+        except ValueError:
+            return None
+        if not isinstance(body, dict) or not body.get("stream"):
+            return None
+        kept = {name: value for name, value in body.items() if name not in _ONLY_STREAMED}
+        return json.dumps(kept | {"stream": False}).encode()
+
+
+@dataclass
+class _Replay:
+    """``receive`` that gives a body, then what the client really does (disconnect)."""
+
+    body: bytes | None
+    receive: Receive
+
+    async def __call__(self) -> Message:
+        if self.body is None:
+            return await self.receive()
+        body, self.body = self.body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+class _HeldStream:
+    """`send` of one response; keeps an event stream back until its request is admitted."""
+
+    def __init__(self, send: Send, gate: Gate, scope: MutableMapping[str, Any]) -> None:
         self.send = send
-        self.start: Message | None = None
-        self.is_refused = False
+        self.gate = gate
+        self.scope = scope
+        self.held: list[Message] = []
+        self.num_bytes = 0
+
+    @property
+    def is_held(self) -> bool:
+        """True while nothing of a stream that began has been sent."""
+        return bool(self.held)
 
     async def __call__(self, message: Message) -> None:
-        if self.is_refused:  # the rest of the stream, '[DONE]'
-            return
-        if message["type"] == "http.response.start" and _is_event_stream(message):
-            self.start = message
-            return
-        start, self.start = self.start, None
-        if start is None or message["type"] != "http.response.body":
-            if start is not None:
-                await self.send(start)
+        if not self.held and not (message["type"] == "http.response.start" and self._is_ours(message)):
             await self.send(message)
             return
-        if not message.get("body") and message.get("more_body"):
-            self.start = start
-            return
-        error = refusal(message.get("body", b""))
-        if error is None:
-            await self.send(start)
+        self.held.append(message)
+        self.num_bytes += len(message.get("body", b""))
+        # Events behind the start only: those of a refusal come right after the admission of the request before it.
+        is_open = self.gate.is_admitted and len(self.held) > 1 and not self.gate.is_refused
+        if is_open or (self.num_bytes > _MAX_HELD_BYTES and not self.gate.is_refused):
+            await self.release()
+
+    async def release(self) -> None:
+        """Send what was held; everything later passes."""
+        held, self.held = self.held, []
+        for message in held:
             await self.send(message)
-            return
-        self.is_refused = True
-        body = json.dumps({"error": error}).encode()
-        kept = [(name, value) for name, value in start["headers"] if name.lower() not in (b"content-type",)]
-        headers = [*kept, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self.send({**start, "status": error["code"], "headers": headers})
-        await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
-
-def _is_event_stream(start: Message) -> bool:
-    return any(
-        name.lower() == b"content-type" and value.startswith(_EVENT_STREAM) for name, value in start.get("headers", ())
-    )
-
-
-def refusal(event: bytes) -> dict[str, Any] | None:
-    """The error that the first event of a stream carries, if it is one with a code of 400 to 599."""
-    if not event.startswith(_EVENT_PREFIX):
-        return None
-    try:
-        # One chunk may hold several events; the first one ends at an empty line.
-        error = json.loads(event.removeprefix(_EVENT_PREFIX).split(b"\n\n")[0]).get("error")
-    except (ValueError, AttributeError):
-        return None
-    is_error = isinstance(error, dict) and isinstance(error.get("code"), int) and 400 <= error["code"] <= 599
-    return error if is_error else None
+    def _is_ours(self, start: Message) -> bool:
+        """True for an event stream of an endpoint of vLLM; other plugins' are none of our business."""
+        module = getattr(self.scope.get("endpoint"), "__module__", None) or ""
+        return module.partition(".")[0] in _PACKAGES and any(
+            name.lower() == b"content-type" and value.startswith(_EVENT_STREAM)
+            for name, value in start.get("headers", ())
+        )

@@ -58,7 +58,7 @@ def folder(checkpoint, tmp_path_factory):
 def server(folder, trace_dir, tmp_path_factory):
     settings = {"trace_dir": str(trace_dir), "max_canvas_length": MAX_CANVAS, "max_image_tiles": 8}
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    flags = ("--max-model-len", str(MAX_MODEL_LEN), "--api-server-count", "2")
+    flags = ("--max-model-len", str(MAX_MODEL_LEN), "--api-server-count", "2", "--enable-scale-out")
     made = Server(folder, log, {"dvlm": settings}, *flags)
     print(f"server ready after {made.start_up_s:.0f} s")
     yield made
@@ -433,6 +433,42 @@ def test_bad_streamed_request(server, make, changes, message):
     streamed = server.send(bad | {"stream": True}, status=400)
     assert streamed == plain
     assert re.search(message, streamed["error"]["message"])
+
+
+QUESTION = [{"role": "user", "content": "How many circles?"}]
+IDS = [300, 301, 302]
+# Every endpoint that streams for such models: a body that is served, and changes that are refused.
+STREAMS = {
+    "/v1/chat/completions": ({"messages": QUESTION, "max_tokens": 8}, {"vllm_xargs": {"nope": 1}}),
+    "/v1/completions": ({"prompt": IDS, "max_tokens": 8}, {"min_tokens": 2}),
+    "/v1/responses": ({"input": "How many?", "max_output_tokens": 8}, {"vllm_xargs": {"nope": 1}}),
+    "/v1/messages": ({"messages": QUESTION, "max_tokens": 8}, {"top_k": 5, "temperature": 1}),
+    "/inference/v1/generate": (
+        {"token_ids": IDS, "sampling_params": {"max_tokens": 8, "temperature": 0}},
+        {"sampling_params": {"max_tokens": 8, "top_k": 5, "temperature": 1}},
+    ),
+    "/invocations": ({"messages": QUESTION, "max_tokens": 8}, {"vllm_xargs": {"nope": 1}}),
+}
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_refused_stream_of_every_endpoint(server, path):
+    """In the endpoint's own words, as without a stream; a good stream is one."""
+    good, changes = STREAMS[path]
+    good = {"model": MODEL} | good
+    plain = server.http.post(path, json=good | changes)
+    streamed = server.http.post(path, json=good | changes | {"stream": True})
+    assert plain.status_code == streamed.status_code == 400, (plain.text, streamed.text)
+    assert "nope" in streamed.text or "top_k" in streamed.text or "min_tokens" in streamed.text
+    assert "event-stream" not in streamed.headers["content-type"]
+    assert _without_ids(streamed.json()) == _without_ids(plain.json())
+    served = server.http.post(path, json=good | {"stream": True})
+    assert served.status_code == 200 and served.headers["content-type"].startswith("text/event-stream")
+    assert served.text.count("data: ") > 1 and "error" not in served.text
+
+
+def _without_ids(body):
+    return {name: value for name, value in body.items() if name not in ("id", "request_id", "created")}
 
 
 def test_bad_streamed_request_with_the_openai_package(server):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests import tiny_checkpoint
-from tests.engine.server import BUILD_ARGS, Server, chat_of
+from tests.engine.server import BUILD_ARGS, MODEL, Server, chat_of
 
 # One request of case b1 with a canvas of 32 has 961 tokens, 31 KV blocks of 32; at keep ratio 0.1 it has 178, 6 blocks.
 NUM_BLOCKS = 64
@@ -82,3 +82,13 @@ def test_report_in_a_header(server, options):
     streamed = server.http.post("/v1/chat/completions", json=body | {"stream": True})
     assert streamed.status_code == 200 and "x-vllm-dvlm" not in streamed.headers
     server.wait_idle()
+
+
+def test_no_named_length_is_the_familys_default_canvas(server):
+    """Not all that fits: the official demo's 128 tokens, in one block with a step per position."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    reply = server.send(body)
+    assert reply["usage"]["completion_tokens"] == 128
+    assert reply["kv_transfer_params"]["dvlm"]["denoise_steps"] == 128
+    named = server.send(body | {"max_tokens": 140})
+    assert named["usage"]["completion_tokens"] == 140

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_dvlm.families.base import Family, TokenTexts
 from vllm_dvlm.params import (
     REMASKING,
     DenoiseParams,
@@ -22,6 +23,46 @@ SERVER = ServerSettings(max_canvas_length=64)
 def refused(match, options=None, max_tokens=16, settings=SERVER):
     with pytest.raises(ValueError, match=match):
         resolve(options, max_tokens, settings)
+
+
+# -- requests that name no length -------------------------------------------------------------------------------
+
+FAMILY = Family(
+    "name", "architecture", "type", "model", "config", TokenTexts("", "", "", ""), "template", 48, "<image>", 16, 24
+)
+
+
+def lengths(max_tokens, room, settings, **options):
+    resolved = resolve({f"diffusion_{k}": v for k, v in options.items()}, max_tokens, settings, Space(room, len))
+    return resolved.canvas_len, resolved.block_len, resolved.max_steps
+
+
+@pytest.mark.parametrize("max_tokens", [None, 500])
+def test_no_named_length_means_the_familys_default(max_tokens):
+    """vLLM fills in all that fits where nobody names max_tokens."""
+    settings = SERVER.for_model(4, FAMILY)
+    assert lengths(max_tokens, 500, settings) == (48, 16, 24)
+    assert lengths(max_tokens, 500, settings, block_length=8) == (48, 8, 48)
+    assert lengths(max_tokens, 500, settings, canvas_length=64) == (64, 64, 64)
+    shorter = replace(SERVER, default_canvas_length=10).for_model(4, FAMILY)
+    assert lengths(max_tokens, 500, shorter) == (10, 10, 10)
+
+
+def test_what_a_request_names_is_untouched():
+    settings = SERVER.for_model(4, FAMILY)
+    assert lengths(64, 500, settings) == (64, 64, 64)
+    assert lengths(48, 500, settings) == (48, 48, 48)
+
+
+def test_a_default_canvas_shrinks_to_what_fits():
+    settings = SERVER.for_model(4, FAMILY)
+    assert lengths(None, 30, settings) == lengths(30, 30, settings) == (30, 30, 30)
+
+
+def test_a_default_canvas_above_the_maximum_is_refused():
+    with pytest.raises(ValueError, match="default_canvas_length 65 .* max_canvas_length 64"):
+        ServerSettings.from_additional_config({"dvlm": {"max_canvas_length": 64, "default_canvas_length": 65}})
+    assert replace(SERVER, max_canvas_length=32).for_model(4, FAMILY).default_canvas_length == 32
 
 
 # -- what is derived -------------------------------------------------------------------------------------------

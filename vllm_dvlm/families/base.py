@@ -31,6 +31,8 @@ class Family:
     tokens: texts of tokens with a role.
     chat_template: file in ``chat_templates/`` with the official conversation.
     image_placeholder: text that stands for an image in a prompt.
+    default_canvas_len / default_block_len / default_steps: for requests that name neither a canvas nor ``max_tokens``.
+        None: the canvas is one block; one step per position.
     prompt_attends_canvas: True if prompt tokens see the canvas (one bidirectional sequence), False if the prompt
         attends only to itself and is computed once.
     shifts_logits: True if the logits at position i predict position i + 1.
@@ -43,6 +45,9 @@ class Family:
     config: str
     tokens: TokenTexts
     chat_template: str
+    default_canvas_len: int
     image_placeholder: str = "<image>"
+    default_block_len: int | None = None
+    default_steps: int | None = None
     prompt_attends_canvas: bool = True
     shifts_logits: bool = False

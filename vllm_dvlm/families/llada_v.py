@@ -20,4 +20,8 @@ LLADA_V = Family(
         forbidden=("<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>"),
     ),
     chat_template="llava_llada.jinja",
+    # The official demo's gen_length, block_length and steps.
+    default_canvas_len=128,
+    default_block_len=128,
+    default_steps=128,
 )
