@@ -19,6 +19,7 @@ from vllm.tokenizers.registry import TokenizerRegistry
 from vllm_dvlm.admission import PROMPT_LIMITS_KEY, PromptLimits
 from vllm_dvlm.errors import refusals_are_value_errors
 from vllm_dvlm.models.configuration import resolve_token_ids
+from vllm_dvlm.models.media import address_errors_are_refusals
 from vllm_dvlm.models.processing import check_placeholders
 from vllm_dvlm.params import ServerSettings
 from vllm_dvlm.patches.vllm import p003_stream_status
@@ -112,10 +113,12 @@ class LLaDAVRenderer(HfRenderer):
         return engine_input
 
     def render_messages(self, messages: Any, params: "ChatParams") -> Any:
-        return super().render_messages(messages, _as_text(params))
+        with address_errors_are_refusals():
+            return super().render_messages(messages, _as_text(params))
 
     async def render_messages_async(self, messages: Any, params: "ChatParams") -> Any:
-        return await super().render_messages_async(messages, _as_text(params))
+        with address_errors_are_refusals():
+            return await super().render_messages_async(messages, _as_text(params))
 
     def _tokenize_prompt(self, prompt: "TextPrompt", params: "TokenizeParams") -> "TokensPrompt":
         if self.mm_processor is None or IMAGE_PLACEHOLDER not in prompt["prompt"]:

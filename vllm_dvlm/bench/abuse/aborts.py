@@ -40,9 +40,16 @@ def victim_body(rng: random.Random) -> Body:
     body = _body(rng, 64)
     canvas = 64 if rng.random() < 0.7 else body["vllm_xargs"]["diffusion_canvas_length"]
     body["vllm_xargs"] |= {"diffusion_canvas_length": canvas, "diffusion_max_steps": canvas}
-    body["vllm_xargs"].pop("diffusion_threshold", None)
+    for name in ("diffusion_threshold", "diffusion_suffix"):
+        body["vllm_xargs"].pop(name, None)
     body["vllm_xargs"]["diffusion_block_length"] = rng.choice([1, canvas])
-    return body | {"max_tokens": canvas, "ignore_eos": True, "stop_token_ids": [], "stop": [], "stream": rng.random() < 0.5}
+    return body | {
+        "max_tokens": canvas,
+        "ignore_eos": True,
+        "stop_token_ids": [],
+        "stop": [],
+        "stream": rng.random() < 0.5,
+    }
 
 
 async def leave(http: Any, url: str, body: Body, rng: random.Random) -> str:
@@ -123,8 +130,16 @@ def measure(job: Job, server: Server, result: Result) -> None:
     setting = f"{done} clients of {tries} left, beside {num_good} good requests"
     result.value("R2_http_good_unequal", setting, len(unequal), "= 0", not unequal)
     result.value("R2_http_left", "requests and blocks in /metrics afterwards", len(left), "= 0", not left)
-    result.value("R2_http_aborts", "disconnects before the end of the answer", done, f">= {job.counts.aborts}", done >= job.counts.aborts)
-    result.figures |= {f"R2_http_{moment}": moments[moment] for moment in ("waiting", "before_first_chunk", "in_stream")}
+    result.value(
+        "R2_http_aborts",
+        "disconnects before the end of the answer",
+        done,
+        f">= {job.counts.aborts}",
+        done >= job.counts.aborts,
+    )
+    result.figures |= {
+        f"R2_http_{moment}": moments[moment] for moment in ("waiting", "before_first_chunk", "in_stream")
+    }
     result.figures["R2_http_good"] = num_good
     with contextlib.suppress(OSError):
         result.figures["R2_http_aborts_counted_by_vllm"] = server.metrics().get("vllm:request_success_total", 0)

@@ -108,6 +108,8 @@ def measure(job: Job, result: Result, cases: list[int] | None = None) -> None:
                 kills.check_restart(server, "core", result)
             if wants("R6"):
                 timed("R6", soak.measure, job, server, result)
+        if wants("R5"):
+            kills.check_stop(server, result)
     if wants("R5"):
         timed("R5_worker", kills.measure_worker, job, result)
 

@@ -29,7 +29,9 @@ def measure(job: Job, host: Host, result: Result) -> None:
         nonlocal num_pruning
         moments[moment] += 1
         if moment == "in_first":
-            num_pruning += any(r.pruned_plan is not None for i, r in host.scheduler.requests.items() if i.startswith(f"{name}-"))
+            num_pruning += any(
+                r.pruned_plan is not None for i, r in host.scheduler.requests.items() if i.startswith(f"{name}-")
+            )
         (host.abort_inside if inside else host.abort)(name)
         victims.pop(name)
         bar.update()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vllm_dvlm.bench.checkpoint_files import Sizes
 
-# The golden shape, but with 64 visual tokens per tile instead of 729: a request is short, its pictures still get pruned.
+# The golden shape, but 64 visual tokens per tile instead of 729: requests are short, and pictures are still pruned.
 SIZES = Sizes(patch=48)
 MAX_MODEL_LEN = 1024
 MAX_CANVAS = 64

@@ -6,13 +6,12 @@ from typing import Any
 from vllm_dvlm.bench.abuse import draws
 from vllm_dvlm.bench.abuse.fuzz_bodies import MODEL, ODD, OPTION_NAMES, PARAMETER_NAMES, UNICODE, Body, image_part
 
-# Nobody answers there: a fetch fails at once.
-_NO_HOST = "http://127.0.0.1:9/cat.png"
-
 
 def short(value: Any, length: int = 60) -> str:
     """A value in few characters."""
-    shown = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else f"an integer of {value.bit_length()} bits"
+    shown = (
+        repr(value) if not isinstance(value, int) or abs(value) < 10**20 else f"an integer of {value.bit_length()} bits"
+    )
     return shown if len(shown) <= length else f"{shown[:length]}… ({len(shown)} characters)"
 
 
@@ -133,7 +132,7 @@ def _image(rng: random.Random, body: Body) -> str:
         "with wrong base64": b64[:-7] + "*é",
         "without base64": "data:image/png," + "a" * 40,
         "of no address": "nowhere",
-        "unreachable": _NO_HOST,
+        "of another scheme": "ftp://127.0.0.1/cat.png",
         "of a file": "file:///etc/hostname",
         "that is no text": rng.choice([5, None, ["a"], {"url": b64}]),
         "very wide": (20_000, 3),

@@ -52,7 +52,8 @@ def measure(job: Job, host: Host, name: str, result: Result) -> None:
     for problem in problems[:10]:
         print(f"R4 seed {job.seed} {name}:", problem, flush=True)
     freed = host.scheduler.counters["kv_blocks_freed"] - freed_before
-    setting = f"{sum(did.values()) - did['preempted']} random operations, {name.replace('_', ' ')}, {freed} blocks pruned away"
+    num = sum(did.values()) - did["preempted"]
+    setting = f"{num} random operations, {name.replace('_', ' ')}, {freed} blocks freed by pruning"
     result.value(f"R4_{name}_problems", setting, len(problems), "= 0", not problems)
-    result.figures |= {f"R4_{name}_{kind}": num for kind, num in sorted(did.items())}
+    result.figures |= {f"R4_{name}_{kind}": count for kind, count in sorted(did.items())}
     result.figures[f"R4_{name}_blocks_pruned"] = freed

@@ -1,4 +1,4 @@
-"""The server that is abused: `vllm serve` in processes of its own, its metrics, its processes; requests over aiohttp."""
+"""The server that is abused, `vllm serve` in processes of its own: metrics, memory; requests over aiohttp."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Server:
         return totals
 
     def left_over(self) -> dict[str, float]:
-        """What /metrics still counts as running, waiting or in use once the server has had time to settle; {} is idle."""
+        """What /metrics counts as running, waiting or in use once the server has had time to settle; {} is idle."""
         deadline = time.monotonic() + IDLE_S
         while True:
             found = self.metrics()

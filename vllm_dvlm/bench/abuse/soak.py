@@ -57,10 +57,10 @@ def measure(job: Job, server: Server, result: Result) -> None:
                 failed += reply.status not in (200, 400)
                 sent += 1
                 bar.update()
-                if sent % every == 0 and (sent <= window or sent > total - window or sent % (10 * every) == 0):
-                    memory = await asyncio.to_thread(server.memory_bytes)
-                    files = server.open_files()
-                    points.append({"requests": sent, "memory_mb": memory / 1e6, "open_files": files})
+                at = sent
+                if at % every == 0 and (at <= window or at > total - window or at % (10 * every) == 0):
+                    memory, files = await asyncio.to_thread(lambda: (server.memory_bytes(), server.open_files()))
+                    points.append({"requests": at, "memory_mb": memory / 1e6, "open_files": files})
 
             await gather_limited([one(number) for number in range(total)], CONCURRENT)
 
@@ -76,7 +76,9 @@ def measure(job: Job, server: Server, result: Result) -> None:
     growth = memory[1] / memory[0] - 1
     setting = f"{total} requests over HTTP, {CONCURRENT} at a time, last {window} against first"
     result.value("R6_memory_growth", setting, growth, f"<= {LEVEL}", growth <= LEVEL)
-    result.value("R6_open_files_growth", "", files[1] - files[0], f"<= {LEVEL_FILES}", files[1] - files[0] <= LEVEL_FILES)
+    result.value(
+        "R6_open_files_growth", "", files[1] - files[0], f"<= {LEVEL_FILES}", files[1] - files[0] <= LEVEL_FILES
+    )
     result.value("R6_failed", "neither 200 nor 400", failed, "= 0", not failed)
     result.value("R6_left", "requests and blocks in /metrics afterwards", len(left), "= 0", not left)
     result.figures |= {
