@@ -1,9 +1,10 @@
 """R2 by the API: requests that are aborted at any moment beside others, which do not notice."""
 
 from collections import Counter
+from collections.abc import Callable
 
 from vllm_dvlm.bench.abuse.batches import draw_request
-from vllm_dvlm.bench.abuse.host import Host, tokens
+from vllm_dvlm.bench.abuse.host import Host, Request, tokens
 from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.common import progress_bar
 from vllm_dvlm.bench.engine_job import Result
@@ -13,6 +14,11 @@ BESIDE = 3  # of them at a time
 VICTIMS = 4
 # Of a victim: before its first step, while that is computed, after it, while a later one is computed, preempted.
 MOMENTS = ("before", "in_first", "after_first", "later", "in_later", "preempted")
+
+
+def is_exact(request: Request) -> bool:
+    """Tokens of a cached request may change when it is preempted (README, Limits); those of an exact one may not."""
+    return request[1].extra_args.get("diffusion_refresh_interval", 1) == 1
 
 
 def measure(job: Job, host: Host, result: Result) -> None:
@@ -25,16 +31,28 @@ def measure(job: Job, host: Host, result: Result) -> None:
     running: dict[str, str] = {}  # name -> good request
     num_good, unequal, problems, count, num_pruning = 0, [], [], 0, 0
 
-    def strike(name: str, moment: str, inside: bool) -> None:
-        nonlocal num_pruning
+    def strike(name: str, moment: str, abort: Callable[[str], None]) -> None:
         moments[moment] += 1
-        if moment == "in_first":
-            num_pruning += any(
-                r.pruned_plan is not None for i, r in host.scheduler.requests.items() if i.startswith(f"{name}-")
-            )
-        (host.abort_inside if inside else host.abort)(name)
+        abort(name)
         victims.pop(name)
         bar.update()
+
+    def between_steps() -> None:
+        for name, (moment, after) in list(victims.items()):
+            steps = host.request(name).report["denoise_steps"]
+            if (moment, steps) in (("before", 0), ("after_first", 1)) or moment == "later" and steps >= after:
+                strike(name, moment, host.abort)
+            elif moment == "preempted" and steps >= after and all(is_exact(good[key]) for key in running.values()):
+                host.preempt()
+                strike(name, moment, host.abort)
+
+    def inside_step() -> None:
+        nonlocal num_pruning
+        for name, (moment, after) in list(victims.items()):
+            steps = host.request(name).report["denoise_steps"]  # with the one that is computed now
+            if (moment, steps) == ("in_first", 1) or moment == "in_later" and steps > after:
+                num_pruning += host.request(name).pruned_plan is not None
+                strike(name, moment, host.abort_inside)
 
     with progress_bar("R2 aborts by the API", job.counts.aborts) as bar:
         while sum(moments.values()) < job.counts.aborts:
@@ -44,23 +62,11 @@ def measure(job: Job, host: Host, result: Result) -> None:
                 running[name], count = key, count + 1
             while len(victims) < VICTIMS:
                 name, moment = f"victim{count}", rng.choice(MOMENTS)
-                host.add(name, draw_request(rng, exact=False, longest=24))
+                host.add(name, draw_request(rng, exact=False, longest=32))
                 victims[name], count = (moment, rng.randint(2, 9)), count + 1
-            inside = []
-            for name, (moment, after) in list(victims.items()):
-                steps = host.steps_of(name)
-                if moment == "before" and steps == 0:
-                    strike(name, moment, inside=False)
-                elif moment == "in_first" and steps == 0 or moment == "in_later" and steps >= after:
-                    inside.append((name, moment))
-                elif moment == "after_first" and steps == 1 or moment == "later" and steps >= after:
-                    strike(name, moment, inside=False)
-                elif moment == "preempted" and steps >= after:
-                    host.preempt()
-                    strike(name, moment, inside=False)
+            between_steps()
             problems += host.audit()
-            if inside:
-                host.inside = lambda todo=inside: [strike(name, moment, inside=True) for name, moment in todo]
+            host.inside = inside_step
             for output in host.step():
                 if (key := running.pop(output.request_id, None)) is None:
                     victims.pop(output.request_id, None)  # it ended before its moment came
@@ -71,6 +77,7 @@ def measure(job: Job, host: Host, result: Result) -> None:
                     print(f"R2 seed {job.seed}: {key} beside aborts differs\n   {good[key][1]}", flush=True)
                     print(f"   alone {undisturbed[key]}\n   here  {tokens(output)}", flush=True)
             problems += host.audit()
+        host.inside = None
         for name in [*running, *victims]:
             host.abort(name)
     problems += host.settle()

@@ -87,12 +87,10 @@ class Host:
         self.engine.reset_prefix_cache(reset_running_requests=True)
         return num
 
-    def steps_of(self, name: str) -> int:
-        """Denoising steps that a request has had; -1 if the scheduler does not know it."""
-        for request_id, request in self.scheduler.requests.items():
-            if request_id.startswith(f"{name}-"):
-                return request.report["denoise_steps"]
-        return -1
+    def request(self, name: str) -> Any:
+        """The scheduler's request of this name; None if it does not know one."""
+        found = (r for i, r in self.scheduler.requests.items() if i.startswith(f"{name}-"))
+        return next(found, None)
 
     # -- books -------------------------------------------------------------------------------------------------------
 
@@ -121,11 +119,10 @@ class Host:
         problems = []
         for request in self.scheduler.running:
             row = self.state.req_idx_of.get(request.request_id)
-            if row is None or request.num_output_placeholders or request.position.step_in_block == 0:
-                continue
             held = sum(len(m.req_to_blocks[request.request_id]) for m in self.managers)
-            if held != self.state.num_kv_blocks(row):
-                problems.append(f"{request.request_id}: {held} blocks in the scheduler, another number in the worker")
+            known = None if row is None else self.state.num_kv_blocks(row)
+            if held != known:
+                problems.append(f"{request.request_id}: {held} blocks in the scheduler, {known} in the worker")
         return problems
 
     def audit_idle(self) -> list[str]:
