@@ -8,7 +8,7 @@ from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.engine_job import Result
 
 
-def _one_group(job: Job) -> Result:
+def measure_one_group(job: Job) -> Result:
     """In the child: heavy imports happen here."""
     engine_env.prepare(job.threads)
     from vllm_dvlm.bench.abuse import batches, engine_aborts, operations
@@ -24,7 +24,7 @@ def _one_group(job: Job) -> Result:
     return result
 
 
-def _two_groups(job: Job) -> Result:
+def measure_two_groups(job: Job) -> Result:
     engine_env.prepare(job.threads)
     from vllm_dvlm.bench.abuse import operations
     from vllm_dvlm.bench.abuse.host import Host
@@ -37,7 +37,7 @@ def _two_groups(job: Job) -> Result:
 def measure(job: Job, result: Result) -> None:
     """Run them; adds to the result."""
     context = multiprocessing.get_context("spawn")
-    for function in (_one_group, _two_groups) if "R4" in job.parts else (_one_group,):
+    for function in (measure_one_group, measure_two_groups) if "R4" in job.parts else (measure_one_group,):
         # A process for each: vLLM's process groups are global.
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             found = pool.submit(function, job).result()
