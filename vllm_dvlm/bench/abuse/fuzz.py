@@ -142,7 +142,9 @@ def measure(job: Job, server: Server, result: Result, cases: list[int] | None = 
     result.figures["R1_requests"] = len(sent)
     for name, low, high in (("200", 200, 299), ("4xx", 400, 499), ("5xx", 500, 599), ("no_answer", 0, 0)):
         result.figures[f"R1_status_{name}"] = sum(low <= outcome.status <= high for outcome in outcomes)
-    result.figures["R1_longest_reason_chars"] = max((len(outcome.reason) for outcome in outcomes), default=0)
+    lengths = [len(outcome.reason) for outcome in outcomes]
+    result.figures["R1_longest_reason_chars"] = max(lengths)
+    result.figures["R1_longest_reason_case"] = numbers[lengths.index(max(lengths))]
     result.figures["R1_left"] = ", ".join(f"{name}={value:g}" for name, value in left.items()) or "nothing"
 
 
