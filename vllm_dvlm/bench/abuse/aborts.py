@@ -127,12 +127,12 @@ def measure(job: Job, server: Server, result: Result) -> None:
         asyncio.run(run(bar))
     left = server.left_over() if server.is_alive() else {"the engine": 0}
     done = sum(moments.values())
-    setting = f"{done} clients of {tries} left, beside {num_good} good requests"
+    setting = f"{done} clients leave before their answer ends, beside {num_good} good requests: of those unequal"
     result.value("R2_http_good_unequal", setting, len(unequal), "= 0", not unequal)
-    result.value("R2_http_left", "requests and blocks in /metrics afterwards", len(left), "= 0", not left)
+    result.value("R2_http_left", "requests or KV blocks left afterwards", len(left), "= 0", not left)
     result.value(
         "R2_http_aborts",
-        "disconnects before the end of the answer",
+        "clients that left in time",
         done,
         f">= {job.counts.aborts}",
         done >= job.counts.aborts,

@@ -72,9 +72,12 @@ def measure(job: Job, host: Host, result: Result) -> None:
     result.description["seconds_R3_batches"] = round(time.monotonic() - begin, 1)
     problems += host.audit_idle()
     num_images = sum("multi_modal_data" in prompt for prompt, _ in pool.values())
-    setting = f"{job.counts.batches} batches of 2 to 8 from {len(pool)} requests ({num_images} with pictures), exact"
+    drawn_from = f"{len(pool)} requests ({num_images} with pictures)"
+    setting = f"{job.counts.batches} batches of 2 to 8 from {drawn_from}, exact mode: runs unequal to alone"
     result.value("R3_unequal_runs", setting, len(unequal), "= 0", not unequal)
-    result.value("R3_pool_problems", "after every batch", len(problems), "= 0", not problems)
+    result.value(
+        "R3_pool_problems", "faults of the pool, audited after every batch", len(problems), "= 0", not problems
+    )
     result.figures |= {
         "R3_runs": num_runs,
         "R3_unequal_requests": ", ".join(sorted(set(unequal))) or "none",

@@ -84,8 +84,14 @@ def measure(job: Job, host: Host, result: Result) -> None:
     for problem in problems[:10]:
         print("R2", problem, flush=True)
     done = sum(moments.values())
-    setting = f"{done} aborts by the API beside {num_good} good requests"
+    setting = f"{done} aborts by the API beside {num_good} good requests: of those unequal"
     result.value("R2_api_good_unequal", setting, len(unequal), "= 0", not unequal)
-    result.value("R2_api_pool_problems", "audited twice a step, and at the end", len(problems), "= 0", not problems)
+    result.value(
+        "R2_api_pool_problems",
+        "faults of the pool, audited twice a step and at the end",
+        len(problems),
+        "= 0",
+        not problems,
+    )
     result.figures |= {f"R2_api_{moment}": moments[moment] for moment in MOMENTS}
     result.figures |= {"R2_api_aborts": done, "R2_api_good": num_good, "R2_api_in_pruning_step": num_pruning}

@@ -133,11 +133,12 @@ def measure(job: Job, server: Server, result: Result, cases: list[int] | None = 
     outcomes = asyncio.run(run())
     left = server.left_over() if server.is_alive() else {"the engine": 0}
     faults = [outcome for outcome in outcomes if outcome.fault]
-    setting = f"{len(sent)} fuzzed requests over HTTP, {sum(s.streams for s in sent)} streamed, {CONCURRENT} at a time"
+    num_streams = sum(one.streams for one in sent)
+    setting = f"{len(sent)} fuzzed requests over HTTP, {num_streams} streamed, {CONCURRENT} at a time: bad answers"
     result.value("R1_faults", setting, len(faults), "= 0", not faults)
-    result.value("R1_engine_alive", "afterwards", server.is_alive(), "True", server.is_alive())
-    result.value("R1_blocks_or_requests_left", "in /metrics", len(left), "= 0", not left)
-    what = "a known request between them that got another answer"
+    result.value("R1_engine_alive", "server and engine alive afterwards", server.is_alive(), "True", server.is_alive())
+    result.value("R1_blocks_or_requests_left", "requests or KV blocks left afterwards", len(left), "= 0", not left)
+    what = "known requests between them that got another answer"
     result.value("R1_wrong_neighbours", what, wrong_controls, "= 0", not wrong_controls)
     result.figures["R1_requests"] = len(sent)
     for name, low, high in (("200", 200, 299), ("4xx", 400, 499), ("5xx", 500, 599), ("no_answer", 0, 0)):

@@ -76,11 +76,23 @@ def strike(job: Job, server: Server, name: str, key: str, result: Result) -> Non
         code = server.process.wait(EXIT_S)
     exited = time.monotonic() - killed_at
     orphans = _left(every, ORPHANS_S)
-    setting = f"kill -9 of {name}, {len(waiting)} of {len(seen)} clients waiting"
+    setting = f"kill -9 of {name}, {len(waiting)} of {len(seen)} clients waiting: share that got an error within 10 s"
     share = len(heard) / len(waiting) if waiting else 0.0
     result.value(f"R5_{key}_heard_within_10s", setting, share, "= 1", share == 1)
-    result.value(f"R5_{key}_exit_code", "of `vllm serve`", code, "not 0", code not in (0, None))
-    result.value(f"R5_{key}_processes_left", f"{ORPHANS_S:g} s after its end", len(orphans), "= 0", not orphans)
+    result.value(
+        f"R5_{key}_exit_code",
+        f"exit code of `vllm serve` after kill -9 of {name}",
+        code,
+        "not 0",
+        code not in (0, None),
+    )
+    result.value(
+        f"R5_{key}_processes_left",
+        f"its processes that still run {ORPHANS_S:g} s later",
+        len(orphans),
+        "= 0",
+        not orphans,
+    )
     result.figures |= {
         f"R5_{key}_slowest_error_s": max((after for after, _ in waiting), default=0.0),
         f"R5_{key}_exit_s": exited,
@@ -92,13 +104,17 @@ def strike(job: Job, server: Server, name: str, key: str, result: Result) -> Non
 def check_restart(server: Server, key: str, result: Result) -> None:
     """A server started after a kill answers as before."""
     found = server.post("/v1/completions", CONTROL)["choices"][0]["token_ids"]
-    result.value(f"R5_{key}_restart_serves", "the same command again", len(found) == 8, "True", len(found) == 8)
+    result.value(
+        f"R5_{key}_restart_serves", f"the same command again ({key}): answers", len(found) == 8, "True", len(found) == 8
+    )
 
 
 def check_stop(server: Server, result: Result) -> None:
     """A server that was told to stop, for comparison."""
     code = server.process.returncode
-    result.value("R5_stopped_exit_code", "of `vllm serve` after SIGTERM", code, "0", code == 0)
+    result.value(
+        "R5_stopped_exit_code", "exit code of `vllm serve` after SIGTERM, for comparison", code, "0", code == 0
+    )
 
 
 def measure_core(job: Job, server: Server, result: Result) -> None:

@@ -53,7 +53,7 @@ def measure(job: Job, host: Host, name: str, result: Result) -> None:
         print(f"R4 seed {job.seed} {name}:", problem, flush=True)
     freed = host.scheduler.counters["kv_blocks_freed"] - freed_before
     num = sum(did.values()) - did["preempted"]
-    setting = f"{num} random operations, {name.replace('_', ' ')}, {freed} blocks freed by pruning"
+    setting = f"{num} random operations, {name.replace('_', ' ')}, {freed} KV blocks freed by pruning: faults"
     result.value(f"R4_{name}_problems", setting, len(problems), "= 0", not problems)
     result.figures |= {f"R4_{name}_{kind}": count for kind, count in sorted(did.items())}
     result.figures[f"R4_{name}_blocks_pruned"] = freed

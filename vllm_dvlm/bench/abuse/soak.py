@@ -75,14 +75,20 @@ def measure(job: Job, server: Server, result: Result) -> None:
     memory = [statistics.median(p["memory_mb"] for p in part) for part in (first, last)]
     files = [statistics.median(p["open_files"] for p in part) for part in (first, last)]
     growth = memory[1] / memory[0] - 1
-    setting = f"{total} requests over HTTP, {CONCURRENT} at a time, last {window} against first"
+    setting = (
+        f"{total} requests over HTTP, {CONCURRENT} at a time, last {window} against first: growth of resident memory"
+    )
     is_long = total >= MIN_WINDOWS * window
     result.value("R6_memory_growth", setting, growth, f"<= {LEVEL}", growth <= LEVEL if is_long else None)
     result.value(
-        "R6_open_files_growth", "", files[1] - files[0], f"<= {LEVEL_FILES}", files[1] - files[0] <= LEVEL_FILES
+        "R6_open_files_growth",
+        "growth of open files",
+        files[1] - files[0],
+        f"<= {LEVEL_FILES}",
+        files[1] - files[0] <= LEVEL_FILES,
     )
-    result.value("R6_failed", "neither 200 nor 400", failed, "= 0", not failed)
-    result.value("R6_left", "requests and blocks in /metrics afterwards", len(left), "= 0", not left)
+    result.value("R6_failed", "answers that are neither 200 nor 400", failed, "= 0", not failed)
+    result.value("R6_left", "requests or KV blocks left afterwards", len(left), "= 0", not left)
     result.figures |= {
         "R6_memory_first_mb": memory[0],
         "R6_memory_last_mb": memory[1],
