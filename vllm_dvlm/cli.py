@@ -11,6 +11,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(dest="bench", required=True)
 
     from vllm_dvlm.bench import capacity, engine, frontier, latency, pruning_report, quality, throughput
+    from vllm_dvlm.bench.abuse import command as abuse
 
     for name, module, text in (
         ("engine", engine, "token equality, overhead, speed against plain loops, memory"),
@@ -20,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("quality", quality, "exact match of answers for modes, pruning methods and keep ratios"),
         ("frontier", frontier, "quality against throughput: exact match and answers per second side by side"),
         ("pruning", pruning_report, "latency, throughput and capacity in one table and one plot"),
+        ("abuse", abuse, "bad requests, aborts, random batches, killed processes, many requests: what holds"),
     ):
         sub = bench.add_parser(name, help=text)
         module.add_arguments(sub)

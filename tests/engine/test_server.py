@@ -308,6 +308,12 @@ def with_images(*images: bytes, text: str = "What is this?", **changes: Any) -> 
     return {"model": MODEL, "messages": [{"role": "user", "content": parts}], "max_tokens": 8} | changes
 
 
+def with_address(url: str) -> dict[str, Any]:
+    return with_images() | {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    }
+
+
 SMALL = (cases.IMAGE_FOLDER / "wide_360x70.png").read_bytes()
 BIG = (cases.IMAGE_FOLDER / "big_1600x1200.png").read_bytes()
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -359,6 +365,9 @@ REFUSED = {
         r"Message 1 \(system\) has 1 image placeholder.*0 image",
     ),
     "placeholders": (with_images(SMALL, text="<image> <image> What?"), "<image>"),
+    "image address without base64": (with_address("data:image/png,abc"), "base64"),
+    "image in a file": (with_address("file:///etc/hostname"), "--allowed-local-media-path"),
+    "field that vLLM cannot read": (chat_of(TEXT, structured_outputs="a"), "cannot be read.*structured_outputs"),
     "image options": (with_images(SMALL, mm_processor_kwargs={"image_aspect_ratio": "pad"}), "mm_processor_kwargs"),
 }
 

@@ -90,8 +90,8 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str], port: int, threads: int, log: Path) -> Iterator[None]:
-    """A server while the body runs; RuntimeError with the end of its log if it does not come up."""
+def serving(command: Sequence[str], port: int, threads: int, log: Path) -> Iterator[subprocess.Popen]:
+    """A server's process while the body runs; RuntimeError with the end of its log if it does not come up."""
     with log.open("wb") as out:
         server = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=_environment(threads)
@@ -102,7 +102,7 @@ def serving(command: Sequence[str], port: int, threads: int, log: Path) -> Itera
             if server.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the server did not come up:\n" + log.read_text(errors="replace")[-4000:])
             time.sleep(0.5)
-        yield
+        yield server
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):

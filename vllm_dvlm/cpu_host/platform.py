@@ -21,6 +21,7 @@ _RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
 # The value of _RUNNER_ENV that this class wrote, to tell it from one that the user set; children inherit both.
 _RUNNER_MARK_ENV = "VLLM_DVLM_WROTE_MODEL_RUNNER"
 _BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
+_GRACE_ENV = "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"
 
 # The smallest size that the CPU attention kernels like (a multiple of 32). vLLM's default is 128,
 # so coarse that pruning a prompt of a few hundred tokens would hardly free a block.
@@ -69,6 +70,10 @@ class DvlmCpuPlatform(_Base):
         cls._bind_threads(vllm_config)
         if vllm_config.model_config is None or not _is_ours(vllm_config):
             return
+        if vllm_config.parallel_config.world_size > 1:
+            # A rank that waits for a dead one waits busily and hears no request to end. vLLM asks for 5 s, terminates
+            # for 4 s, and kills; clients hear of the dead one only then.
+            os.environ.setdefault(_GRACE_ENV, "2")
         if not cache_config.user_specified_block_size:
             cache_config.block_size = _KV_BLOCK_SIZE
         # vLLM would take 92 % of the host's memory for KV and refuse to start where less is free.

@@ -24,6 +24,7 @@ from vllm_dvlm.errors import InvalidRequest, refusals_are_value_errors
 from vllm_dvlm.families import LLADA_V
 from vllm_dvlm.models import chat_template
 from vllm_dvlm.models.configuration import resolve_image_token_id, resolve_token_ids
+from vllm_dvlm.models.media import address_errors_are_refusals
 from vllm_dvlm.models.processing import check_placeholders, check_places
 from vllm_dvlm.models.token_strings import name_token
 from vllm_dvlm.params import ServerSettings
@@ -171,13 +172,15 @@ class LLaDAVRenderer(HfRenderer):
 
     def render_messages(self, messages: Any, params: "ChatParams") -> Any:
         params = self._with_template(params)
-        conversation, prompt = super().render_messages(messages, params)
+        with address_errors_are_refusals():
+            conversation, prompt = super().render_messages(messages, params)
         self._check_places(conversation, params)
         return conversation, prompt
 
     async def render_messages_async(self, messages: Any, params: "ChatParams") -> Any:
         params = self._with_template(params)
-        conversation, prompt = await super().render_messages_async(messages, params)
+        with address_errors_are_refusals():
+            conversation, prompt = await super().render_messages_async(messages, params)
         self._check_places(conversation, params)
         return conversation, prompt
 

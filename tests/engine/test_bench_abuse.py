@@ -1,0 +1,49 @@
+"""`vllm-dvlm bench abuse` in small: one real server and one real engine, every kind of abuse."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from vllm_dvlm.bench.abuse import aborts, command, engine_parts, fuzz, kills, served, soak
+from vllm_dvlm.bench.abuse.job import PARTS, Counts, Job
+from vllm_dvlm.bench.engine_job import Result
+
+COUNTS = Counts(fuzzed=40, aborts=16, batches=16, distinct=16, operations=240, clients=6, requests=160, window=60)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("abuse")
+    return Job(command.write_checkpoint(folder / "checkpoint", 0), folder, 0, 1, COUNTS, PARTS)
+
+
+def missed(result):
+    return [row for row in result.rows if row["met"] == "NO"]
+
+
+def test_server(job):
+    """Fuzzed requests, clients that leave, many requests; then the engine core is killed while clients wait."""
+    result = Result()
+    with served.start(job, "server") as server:
+        fuzz.measure(job, server, result)
+        aborts.measure(job, server, result)
+        soak.measure(job, server, result)
+        kills.strike(job, server, kills.CORE, "core", result)
+    assert missed(result) == []
+    figures = result.figures
+    assert figures["R1_requests"] == 40 and figures["R6_failed"] == 0
+    assert figures["R1_status_200"] >= 8 and figures["R1_status_4xx"] >= 8, "the draw is one-sided"
+    assert figures["R2_http_waiting"] and figures["R2_http_in_stream"] and figures["R2_http_good"] >= 4
+    assert figures["R5_core_seen"] and figures["R5_core_exit_code"] == 1
+
+
+def test_engine(job):
+    """Aborts at named moments, mixed batches against alone, random operations; in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        result = pool.submit(engine_parts.measure_one_group, job).result()
+    assert missed(result) == []
+    figures = result.figures
+    assert figures["R2_api_aborts"] >= 16 and figures["R2_api_good"] >= 4
+    assert figures["R3_runs"] >= 32 and figures["R3_distinct_tokens"] > 8
+    assert figures["R4_one_group_blocks_pruned"] > 0 and figures["R4_one_group_preempted"] > 0
