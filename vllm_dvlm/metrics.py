@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from prometheus_client import Counter
+from prometheus_client import REGISTRY, Counter
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_dvlm import ARCHITECTURES
@@ -36,7 +36,8 @@ class Metric:
 
 _FORWARD = "Tokens computed by denoising steps: full = whole sequences, cached = from the current block on."
 
-# What the scheduler counts (``scheduler.COUNTERS``) -> what is exported. A new counter is a new row in both.
+# What the scheduler counts (``scheduler.COUNTERS``) -> what is exported. A new counter is a new row in both; those of
+# vLLM's own clients stand in CLIENT_METRICS.
 METRICS = {
     "denoise_steps": Metric("denoise_steps_total", "Denoising steps, summed over requests."),
     "forward_tokens_full": Metric("forward_tokens_total", _FORWARD, kind="full"),
@@ -53,6 +54,29 @@ METRICS = {
 }
 
 
+# The names by which vLLM's own clients (`vllm bench serve`) know a diffusion server. They take it that one more step
+# than denoises a canvas commits it, and that every step evaluates the whole canvas.
+CLIENT_METRICS = {
+    "client_steps": Metric("vllm:diffusion_num_denoising_steps", "Denoising steps, and one per finished canvas."),
+    "client_positions": Metric("vllm:diffusion_num_canvas_positions", "Canvas positions evaluated by those steps."),
+    "committed_tokens": Metric("vllm:diffusion_num_committed_tokens", "Tokens handed out to users."),
+}
+
+
+class _Nameless:
+    """A collector for vLLM's registry that vLLM's clean-up, which goes by the attribute ``_name``, leaves alone."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.collect = counter.collect
+
+
+@cache
+def _client_counter(name: str, documentation: str) -> Counter:
+    counter = Counter(name, documentation, _LABELS, registry=None)
+    REGISTRY.register(_Nameless(counter))
+    return counter
+
+
 @cache
 def _counter(name: str, documentation: str, has_kind: bool) -> Counter:
     # Once per process: prometheus_client refuses a second one of the same name.
@@ -67,6 +91,7 @@ class DvlmStatLogger(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.counters: dict[str, Counter] = {}
+        self.client_counters: dict[str, Counter] = {}
         model_config = vllm_config.model_config
         if model_config is None or not ARCHITECTURES.intersection(model_config.architectures):
             return
@@ -75,6 +100,8 @@ class DvlmStatLogger(StatLoggerBase):
             kind = {} if metric.kind is None else {"kind": metric.kind}
             family = _counter(metric.name, metric.documentation, bool(kind))
             self.counters[key] = family.labels(**labels, **kind)
+        for key, metric in CLIENT_METRICS.items():
+            self.client_counters[key] = _client_counter(metric.name, metric.documentation).labels(**labels)
 
     def record(
         self,
@@ -89,6 +116,8 @@ class DvlmStatLogger(StatLoggerBase):
         increments = scheduler_stats.running_lora_adapters
         for key, counter in self.counters.items():
             counter.inc(increments.get(key, 0) * METRICS[key].scale)
+        for key, counter in self.client_counters.items():
+            counter.inc(increments.get(key, 0))
 
     def log_engine_initialized(self) -> None:
         """Nothing to say at start-up."""

@@ -46,6 +46,8 @@ COUNTERS = (
     "kv_blocks_freed",
     "prune_us",
     "flops",
+    "client_steps",
+    "client_positions",
 )
 
 
@@ -238,6 +240,12 @@ class DiffusionScheduler(Scheduler):
         for name, amount in (("denoise_steps", 1), (kind, num_tokens), ("flops", flops)):
             self.counters[name] += amount
             request.report[name] += amount
+        self._count_for_clients(request)
+
+    def _count_for_clients(self, request: DiffusionRequest) -> None:
+        """A step as vLLM's own clients count them, see ``metrics.CLIENT_METRICS``."""
+        self.counters["client_steps"] += 1
+        self.counters["client_positions"] += request.plan.canvas_len
 
     def _fail_rejected(self) -> None:
         """Take rejected requests out of the queue; ``update_from_output`` reports them as errors."""
@@ -367,6 +375,8 @@ class DiffusionScheduler(Scheduler):
         """
         set_removed(self.kv_cache_manager, request.request_id, 0)
         self._rejected.discard(request.request_id)
+        if request.report["denoise_steps"]:
+            self._count_for_clients(request)  # the step that commits
         super()._free_request(request, *args, **kwargs)
         return {"dvlm": request.report}, None
 

@@ -8,7 +8,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_factories
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_dvlm.metrics import METRICS, DvlmStatLogger
+from vllm_dvlm.metrics import CLIENT_METRICS, METRICS, DvlmStatLogger
 from vllm_dvlm.scheduler import COUNTERS
 
 
@@ -24,7 +24,7 @@ def value(key, engine="0"):
 
 
 def test_every_counter_of_the_scheduler_is_exported_under_its_own_name():
-    assert tuple(METRICS) == COUNTERS
+    assert {**METRICS, **CLIENT_METRICS}.keys() == set(COUNTERS)
     exported = [(metric.name, metric.kind) for metric in METRICS.values()]
     assert len(set(exported)) == len(exported) and all(name.endswith("_total") for name, _ in exported)
 
@@ -32,7 +32,7 @@ def test_every_counter_of_the_scheduler_is_exported_under_its_own_name():
 def test_increments_add_up_beside_vllms_own_logger(config):
     """As vLLM does it: the entry point's class, one logger per engine, made again when an engine is."""
     assert DvlmStatLogger in load_stat_logger_plugin_factories()
-    for _ in range(2):
+    for made_before in range(2):
         manager = StatLoggerManager(config, engine_idxs=[0, 1], custom_stat_loggers=[DvlmStatLogger])
         before = {(key, engine): value(key, engine) for key in METRICS for engine in "01"}
         sent = {key: 3 + i for i, key in enumerate(COUNTERS)}
@@ -41,6 +41,10 @@ def test_increments_add_up_beside_vllms_own_logger(config):
         # Statistics of other origin, and none at all.
         manager.record(SchedulerStats(), None, engine_idx=1)
         manager.record(None, None, engine_idx=1)
+        for key, metric in CLIENT_METRICS.items():
+            labels = {"model_name": "counted", "engine": "1"}
+            counted = REGISTRY.get_sample_value(f"{metric.name}_total", labels)
+            assert counted == 2 * sent[key] * (1 + made_before), "vLLM's clean-up of its own metrics took ours along"
         for key in METRICS:
             grown = value(key, "1") - before[key, "1"]
             assert grown == pytest.approx(2 * sent[key] * METRICS[key].scale)

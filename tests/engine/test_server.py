@@ -297,6 +297,10 @@ def test_vllm_bench_serve_with_images(server, checkpoint, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["completed"] == 16 and result["failed"] == 0
     assert result["total_output_tokens"] == 16 * 16
+    assert "Diffusion Decoding" in ran.stdout
+    assert result["diffusion_committed_tokens"] == 16 * 16 and result["diffusion_denoising_steps"] == 16 * 4
+    assert result["diffusion_steps_per_canvas"] == pytest.approx(4)
+    assert result["diffusion_committed_per_step"] == pytest.approx(4)
     server.wait_idle()
 
 
