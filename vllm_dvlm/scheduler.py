@@ -15,25 +15,16 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dvlm.kv.groups import set_removed
 from vllm_dvlm.kv.release import release_tail
 from vllm_dvlm.params import RESUME_KEY, ServerSettings, Space, check_lengths, resolve
-from vllm_dvlm.terms import (
-    LOST,
-    Plan,
-    Position,
-    Resume,
-    advance,
-    next_query_start,
-    restart_position,
-    step_flops,
-)
+from vllm_dvlm.terms import LOST, Plan, Position, Resume, advance, next_query_start, restart_position, step_flops
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
@@ -145,17 +136,25 @@ class DiffusionScheduler(Scheduler):
         self.counters: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._rejected: set[str] = set()
+        self._duplicates: list[Request] = []
 
     # -- admission ---------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Never raises: an exception here would end the engine for everybody."""
-        if request.request_id not in self.requests:
+        known = self.requests.get(request.request_id)
+        if known is None:
             try:
                 self._prepare(request)
             except Exception as error:
                 # The front end has answered 400 to everything it can know; what it cannot fails this request alone.
                 self._reject(request, error)
+        elif known.streaming_queue is None:
+            # vLLM asserts. Ids are unique unless VLLM_DISABLE_REQUEST_ID_RANDOMIZATION is set.
+            logger.error("Request id %s is in use: the second request with it fails", request.request_id)
+            if request.client_index != known.client_index:  # else its client could not tell the two apart
+                self._duplicates.append(request)
+            return
         super().add_request(request)
 
     def _reject(self, request: Request, error: Exception) -> None:
@@ -288,6 +287,10 @@ class DiffusionScheduler(Scheduler):
                 request.report["prune_ms"] = spent_us / 1000
         model_runner_output.num_nans_in_logits = None
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in self._duplicates:
+            own = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            own.outputs.append(EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR))
+        self._duplicates.clear()
         for request in lost:
             if request.status == RequestStatus.RUNNING:
                 self._restart(request)
