@@ -351,7 +351,9 @@ class DiffusionScheduler(Scheduler):
         transfer, so it is ours.
         """
         set_removed(self.kv_cache_manager, request.request_id, 0)
+        # Aborted before it was refused; its id may be used again.
         self._rejected.discard(request.request_id)
+        self.encoder_cache_mismatch_reqs.discard(request.request_id)
         super()._free_request(request, *args, **kwargs)
         return {"dvlm": request.report}, None
 

@@ -264,17 +264,20 @@ def propose(model, merged, canvas):
 
 
 def test_samples_of_one_prompt_are_told_apart(engine, monkeypatch):
-    """They share their parameters: that one has been preempted says nothing of the others."""
+    """They share their parameters: that one has been preempted says nothing of those that still wait."""
+    from vllm.sampling_params import RequestOutputKind
+
     engine.use({"seed": 0})
-    prompt, params = request(TEXT, n=4)
-    monkeypatch.setattr(engine.scheduler, "max_num_running_reqs", 2)
-    losing = Losing(engine, monkeypatch, {3, 6})
+    prompt, params = request(TEXT, n=4, temperature=0.5, output_kind=RequestOutputKind.FINAL_ONLY)
+    monkeypatch.setattr(engine.scheduler, "max_num_active_reqs", 2)
+    losing, restarted = Losing(engine, monkeypatch, {3, 6}), []
+    restart = engine.scheduler._restart
+    monkeypatch.setattr(engine.scheduler, "_restart", lambda r: restarted.append(r.request_id) or restart(r))
     engine.add("samples", prompt, params)
     done = engine.finish(losing)
     engine.assert_idle()
-    replies = [list(sample.token_ids) for sample in done["samples"].outputs]
-    assert [len(reply) for reply in replies] == [16] * 4
-    assert replies[2:] == [cases.load(TEXT).final_ids] * 2
+    assert [len(sample.token_ids) for sample in done["samples"].outputs] == [16] * 4
+    assert losing.num_preempted == 4 == len(restarted) and len(set(restarted)) == 2
 
 
 def test_the_bound_follows_the_number_of_requests():
