@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dvlm.kv.groups import set_removed
@@ -26,7 +27,6 @@ from vllm_dvlm.terms import LOST, Plan, Position, Resume, Step, advance, restart
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
@@ -149,12 +149,14 @@ class DiffusionScheduler(Scheduler):
         self._rejected: set[str] = set()
         # Ids of the latest streamed inputs.
         self._streamed: deque[str] = deque(maxlen=64)
+        self._duplicates: list[Request] = []
 
     # -- admission ---------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Never raises: an exception here would end the engine for everybody."""
-        if request.request_id not in self.requests:
+        known = self.requests.get(request.request_id)
+        if known is None:
             try:
                 self._prepare(request)
             except Exception as error:
@@ -163,7 +165,10 @@ class DiffusionScheduler(Scheduler):
             super().add_request(request)
         else:
             # vLLM would take it for the next piece of a streamed input and cut the tokens of the request that lives.
-            logger.warning("Request %s is dropped: one of this id is not done yet", request.request_id)
+            # Ids are unique unless VLLM_DISABLE_REQUEST_ID_RANDOMIZATION is set.
+            logger.warning("Request id %s is in use: the second request with it fails", request.request_id)
+            if request.client_index != known.client_index:  # else its client could not tell the two apart
+                self._duplicates.append(request)
 
     def _reject(self, request: Request, error: Exception) -> None:
         """Queue a request as one that the next step fails."""
@@ -314,6 +319,10 @@ class DiffusionScheduler(Scheduler):
                 request.report["prune_ms"] = spent_us / 1000
         model_runner_output.num_nans_in_logits = None
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in self._duplicates:
+            own = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            own.outputs.append(EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR))
+        self._duplicates.clear()
         for request in lost:
             if request.status == RequestStatus.RUNNING:
                 self._restart(request)
@@ -374,7 +383,9 @@ class DiffusionScheduler(Scheduler):
         transfer, so it is ours.
         """
         set_removed(self.kv_cache_manager, request.request_id, 0)
+        # Aborted before it was refused; its id may be used again.
         self._rejected.discard(request.request_id)
+        self.encoder_cache_mismatch_reqs.discard(request.request_id)
         if request.report["denoise_steps"]:
             self._count_for_clients(request)  # the step that commits
         super()._free_request(request, *args, **kwargs)

@@ -218,7 +218,7 @@ def test_logprobs_change_nothing_and_take_little_memory(engine, monkeypatch):
     logits = torch.randn(40, 5000)
     with Largest():
         ids, values, ranks = logprobs.row_logprobs(logits, logits.argmax(dim=1), 5)
-    assert largest == logits.nbytes
+    assert 0 < largest <= logits.nbytes
     exact = torch.log_softmax(logits.double(), dim=-1).topk(5)
     assert torch.equal(ids[:, 1:], exact.indices.int()) and torch.allclose(values[:, 1:].double(), exact.values)
     assert torch.equal(ids[:, 0], ids[:, 1]) and ranks.tolist() == [1] * 40
@@ -227,7 +227,7 @@ def test_logprobs_change_nothing_and_take_little_memory(engine, monkeypatch):
     monkeypatch.setattr(engine.sampler, "rows_per_chunk", 160)
     rows, original = [], engine.model.vocab_logits
     monkeypatch.setattr(engine.model, "vocab_logits", lambda hidden: rows.append(len(hidden)) or original(hidden))
-    options = {"diffusion_canvas_length": 64, "diffusion_max_steps": 4}
+    options = {"diffusion_canvas_length": 64, "diffusion_block_length": 64, "diffusion_max_steps": 4}
     work = {f"r{i}": (prompt(), params(max_tokens=64, extra_args=options, ignore_eos=True)) for i in range(3)}
     work["wants"] = (prompt(), params(max_tokens=64, extra_args=options, ignore_eos=True, logprobs=4))
     outputs = engine.run(work)

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache import MultiModalProcessorOnlyCache, engine_receiver_cache_from_config
@@ -306,7 +307,6 @@ def vision(config, checkpoint, tmp_path_factory):
         init_distributed_environment,
         initialize_model_parallel,
     )
-    from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     store = tmp_path_factory.mktemp("dist") / "store"
     with set_current_vllm_config(config):
@@ -403,7 +403,7 @@ def test_passes_of_the_tower_do_not_matter(vision, monkeypatch):
 @torch.no_grad()
 def test_passes_are_shared_by_small_images_alone(fresh, vision, monkeypatch):
     """Each image's tokens are those it has alone; a pass takes small images together, and no large one with another."""
-    sizes = [(384, 384), (384, 300), (1500, 1100), (300, 384), (384, 384), (97, 61)]
+    sizes = [(384, 384), (384, 300), (1600, 1200), (300, 384), (384, 384), (97, 61)]
     images = [Image.effect_noise(size, 60).convert("RGB") for size in sizes]
     items = [("image", item_of(fresh, image)) for image in images]
     ((_, _, batch),) = group_and_batch_mm_kwargs(items)
@@ -427,10 +427,18 @@ def item_of(front_end, image):
 
 
 @torch.no_grad()
-def test_no_image_takes_more_memory_than_was_profiled(fresh, vision, checkpoint, tmp_path):
+@pytest.mark.usefixtures("vision")  # its process groups
+def test_no_image_takes_more_memory_than_was_profiled(fresh, checkpoint, tmp_path):
     """As many of the images that vLLM profiles at start-up as it takes, against a photo of 37 tiles, and against as
     many of those as a step's budget admits: what a pass needs beside its results is the same."""
-    config = engine_config(checkpoint, max_model_len=16384, max_num_batched_tokens=16384)
+    # As wide as it takes for the features to outweigh the tower's own tensors, as they do at full size.
+    overrides = {"hidden_size": 1024, "mm_projector_type": "linear"}
+    config = engine_config(checkpoint, max_model_len=16384, max_num_batched_tokens=16384, hf_overrides=overrides)
+    with set_current_vllm_config(config):
+        wide = VisionStack(config).eval()
+        for parameter in wide.parameters():
+            parameter.data.normal_(std=0.02)
+        process_weights_after_loading(wide, config.model_config, torch.device("cpu"))
     budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
     photo = item_of(fresh, Image.effect_noise((2304, 2304), 60).convert("RGB"))
     num_tokens, num_tiles = 3699, len(photo.get_data()["pixel_values"])
@@ -440,15 +448,15 @@ def test_no_image_takes_more_memory_than_was_profiled(fresh, vision, checkpoint,
     peaks, results = {}, {}
     for name, items in {"profiled": profiled, "one": [("image", photo)], "most": [("image", photo)] * most}.items():
         ((_, _, batch),) = group_and_batch_mm_kwargs(items)
-        peaks[name], tokens = peak_memory(lambda batch=batch: vision.embed_multimodal(**batch), tmp_path / name)
+        peaks[name], tokens = peak_memory(lambda batch=batch: wide.embed_multimodal(**batch), tmp_path / name)
         results[name] = sum(x.nbytes for x in tokens)
-    assert results["most"] == most * num_tokens * vision.image_newline.nbytes
-    features = num_tiles * 729 * vision.image_newline.nbytes
+    assert results["most"] == most * num_tokens * wide.image_newline.nbytes
+    features = num_tiles * 729 * wide.image_newline.nbytes
     assert features < peaks["one"] <= peaks["profiled"]
     beside = {name: peaks[name] - results[name] for name in peaks}
     assert beside["most"] <= beside["profiled"] * 1.01
-    # The features of one image, the pass that makes the last of them or the map that is made from them.
-    assert beside["most"] < 2.5 * features
+    # The features of one image, and the pass that makes the last of them or a few channels of the map made from them.
+    assert beside["most"] < 2 * features
 
 
 def peak_memory(run, file):

@@ -30,19 +30,27 @@ def assert_conserved(engine):
 
 # -- refused in the engine core ----------------------------------------------------------------------------------
 
-# The front end lets none of these through; another version of it, or a plugin, may. What each throws in the scheduler:
+# The front end lets none of these through; another version of it, or a plugin, may. The last one throws when the
+# request has already been prepared.
 BROKEN = {
-    "ValueError": {"diffusion_canvas_length": "16"},
-    "AttributeError": [1],
-    "TypeError": {"prune_keep_ratio": 0.5, 5: 1},
+    "ValueError": {"extra_args": {"diffusion_canvas_length": "16"}},
+    "TypeError": {"extra_args": {5: 1}},
+    "TypeError, late": {"stop_token_ids": 5},
 }
 
 
-def send_broken(engine, name, extra_args):
-    """Past the checks of the front end; the request's internal id."""
+def past_the_front_end(engine, name, **broken):
+    """A request of which these parameters were not checked."""
     prompt, params = request(TEXT)
     made = engine.engine.input_processor.process_inputs(name, prompt, params, supported_tasks=("generate",))
-    made.params.extra_args = extra_args
+    for field, value in broken.items():
+        setattr(made.params, field, value)
+    return made
+
+
+def send_broken(engine, name, kind):
+    """The request's internal id."""
+    made = past_the_front_end(engine, name, **BROKEN[kind])
     return engine.engine.add_request(name, made, made.params)
 
 
@@ -55,11 +63,11 @@ def test_a_request_refused_in_the_engine_core_ends_alone(engine, caplog, kind):
         for name in (TEXT, IMAGE):
             engine.add(name, *good[name])
         engine.engine.step()
-        send_broken(engine, "broken", BROKEN[kind])
+        send_broken(engine, "broken", kind)
         engine.add(CACHED, *good[CACHED])
         done = engine.finish(lambda: assert_conserved(engine))
         engine.assert_idle()
-        send_broken(engine, "alone", BROKEN[kind])
+        send_broken(engine, "alone", kind)
         done |= engine.finish()
         engine.assert_idle()
     for name in ("broken", "alone"):
@@ -72,19 +80,37 @@ def test_a_refused_request_may_be_aborted_first(engine):
     """An id that is free again may be used again, by a request that is not refused."""
     engine.use({"seed": 0})
     for steps in (0, 1):
-        internal = send_broken(engine, "broken", BROKEN["AttributeError"])
+        internal = send_broken(engine, "broken", "TypeError")
         for _ in range(steps):
             engine.scheduler.schedule()  # refused, not yet reported
         engine.engine.abort_request([internal], internal=True)
         assert internal not in engine.scheduler.requests
-        prompt, params = request(TEXT)
-        made = engine.engine.input_processor.process_inputs("x", prompt, params, supported_tasks=("generate",))
+        made = past_the_front_end(engine, "again")
         made.request_id, made.external_req_id = internal, "again"
         engine.engine.output_processor.add_request(made, None, None, 0)
         engine.core.add_request(*engine.core.preprocess_add_request(made))
         done = engine.finish()
         engine.assert_idle()
         assert tokens_of(done["again"]) == cases.load(TEXT).final_ids
+
+
+def test_an_id_that_is_in_use_harms_nobody(engine):
+    """Another API server's request of the same id, which vLLM's switch for random endings makes possible."""
+    engine.use({"seed": 0})
+    first = past_the_front_end(engine, "same")
+    internal = engine.engine.add_request("same", first, first.params)
+    engine.engine.step()
+    for client_index in (1, 0):
+        second = past_the_front_end(engine, "same")
+        second.request_id, second.client_index = internal, client_index
+        engine.core.add_request(*engine.core.preprocess_add_request(second))
+    outputs, _ = engine.core.step()
+    assert [(o.request_id, str(o.finish_reason)) for o in outputs[1].outputs] == [(internal, "error")]
+    assert all(o.finish_reason is None for o in outputs[0].outputs)
+    engine.engine.output_processor.process_outputs(outputs[0].outputs)
+    done = engine.finish()
+    engine.assert_idle()
+    assert tokens_of(done["same"]) == cases.load(TEXT).final_ids
 
 
 # -- forgotten by the worker -------------------------------------------------------------------------------------
@@ -238,17 +264,20 @@ def propose(model, merged, canvas):
 
 
 def test_samples_of_one_prompt_are_told_apart(engine, monkeypatch):
-    """They share their parameters: that one has been preempted says nothing of the others."""
+    """They share their parameters: that one has been preempted says nothing of those that still wait."""
+    from vllm.sampling_params import RequestOutputKind
+
     engine.use({"seed": 0})
-    prompt, params = request(TEXT, n=4)
-    monkeypatch.setattr(engine.scheduler, "max_num_running_reqs", 2)
-    losing = Losing(engine, monkeypatch, {3, 6})
+    prompt, params = request(TEXT, n=4, temperature=0.5, output_kind=RequestOutputKind.FINAL_ONLY)
+    monkeypatch.setattr(engine.scheduler, "max_num_active_reqs", 2)
+    losing, restarted = Losing(engine, monkeypatch, {3, 6}), []
+    restart = engine.scheduler._restart
+    monkeypatch.setattr(engine.scheduler, "_restart", lambda r: restarted.append(r.request_id) or restart(r))
     engine.add("samples", prompt, params)
     done = engine.finish(losing)
     engine.assert_idle()
-    replies = [list(sample.token_ids) for sample in done["samples"].outputs]
-    assert [len(reply) for reply in replies] == [16] * 4
-    assert replies[2:] == [cases.load(TEXT).final_ids] * 2
+    assert [len(sample.token_ids) for sample in done["samples"].outputs] == [16] * 4
+    assert losing.num_preempted == 4 == len(restarted) and len(set(restarted)) == 2
 
 
 def test_the_bound_follows_the_number_of_requests():

@@ -144,7 +144,8 @@ class DiffusionSampler:
                 logits = self._logits(hidden_states[:1].repeat(num_rows, 1)).contiguous()
                 if is_special:
                     tokens = logits.argmax(dim=1)
-                    row_logprobs(logits, tokens, max(0, self.state.model_config.max_logprobs))
+                    num = self.state.model_config.max_logprobs
+                    row_logprobs(logits, tokens, num if num >= 0 else logits.shape[1])
                     for measure in CONFIDENCE.values():
                         measure(logits, tokens)
                 else:
