@@ -42,8 +42,8 @@ def body(rng: random.Random) -> tuple[str, Body]:
 def measure(job: Job, server: Server, result: Result) -> None:
     """Send the requests; memory and files of the first and the last window, each sampled while it runs.
 
-    Requests before the first window are not counted: each new shape of a batch takes memory in PyTorch's matrix
-    library once, up to its limit.
+    Requests before the first window are not counted: oneDNN keeps code for each new shape of a batch, some 250 MB
+    until its cache is full (ONEDNN_PRIMITIVE_CACHE_CAPACITY, 1,024).
     """
     total, window, warm_up = job.counts.requests, job.counts.window, job.counts.warm_up
     every = max(1, window // SAMPLES)
