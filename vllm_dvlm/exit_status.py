@@ -21,19 +21,19 @@ class ExitStatus:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Callable[..., Any], send: Callable) -> None:
         """Serve one connection, or the life of the server."""
 
+        client = None
+
         async def send_last(message: Message) -> None:
-            # By now every waiting client has had its answer.
-            if message["type"] == "lifespan.shutdown.complete" and _engine_died(scope) and _ends_by_itself():
+            nonlocal client
+            if message["type"] == "lifespan.startup.complete":
+                client = scope["app"].state.engine_client  # vLLM takes the state away at the end
+            is_last = message["type"] == "lifespan.shutdown.complete"  # every waiting client has had its answer
+            if is_last and client is not None and client.errored and _ends_by_itself():
                 # Raised in a callback it leaves the event loop, and vLLM's own cleaning up follows.
                 asyncio.get_running_loop().call_soon(sys.exit, 1)
             await send(message)
 
         await self.app(scope, receive, send_last if scope["type"] == "lifespan" else send)
-
-
-def _engine_died(scope: MutableMapping[str, Any]) -> bool:
-    client = getattr(scope["app"].state, "engine_client", None)
-    return client is not None and client.errored
 
 
 def _ends_by_itself() -> bool:

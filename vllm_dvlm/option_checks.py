@@ -67,6 +67,10 @@ def text(key: str, value: Any) -> str:
     """Text."""
     if not isinstance(value, str):
         raise ValueError(f"{key} must be text, not {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{key} must be valid Unicode, not half a character ({value[error.start]!a})") from None
     return value
 
 

@@ -21,7 +21,9 @@ def test_counts():
     assert parse("--only", "R1", "R5").only == ["R1", "R5"]
 
 
-@pytest.mark.parametrize("options", [["--fuzzed", "0"], ["--requests", "10"], ["--threads", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--fuzzed", "0"], ["--requests", "10"], ["--threads", "0"], ["--png", "a.png", "--only", "R1"]]
+)
 def test_impossible_arguments_end_with_code_2(options, capsys):
     assert cli.main(["bench", "abuse", *options]) == 2
     assert options[0] in capsys.readouterr().err

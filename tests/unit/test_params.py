@@ -224,6 +224,7 @@ def test_unknown_options_name_the_nearest(misspelt, meant):
         ("diffusion_remasking", 3, "one of low_confidence, random, entropy, margin"),
         ("diffusion_suffix", 7, "text, not 7"),
         ("diffusion_suffix", [1, 2], "text, not"),
+        ("diffusion_suffix", "a \udfff", "valid Unicode"),
         ("diffusion_stream", "all", "one of committed, provisional"),
         ("diffusion_schedule", "linear", "one of uniform, cosine, shift, logit_normal"),
         ("diffusion_cfg_scale", -1, "a number ≥ 0, not -1"),

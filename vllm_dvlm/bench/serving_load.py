@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,17 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str], port: int, threads: int, log: Path) -> Iterator[subprocess.Popen]:
+def serving(
+    command: Sequence[str], port: int, threads: int, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen]:
     """A server's process while the body runs; RuntimeError with the end of its log if it does not come up."""
     with log.open("wb") as out:
         server = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=_environment(threads)
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_environment(threads) | dict(environment or {}),
         )
     try:
         deadline = time.monotonic() + START_UP_S

@@ -54,6 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     counts = counts_of(arguments)
     if arguments.threads < 1:
         raise ValueError("--threads must be at least 1.")
+    for option, part in (("png", "R6"), ("cases", "R1")):
+        if getattr(arguments, option) and part not in arguments.only:
+            raise ValueError(f"--{option} needs {part}: add it to --only.")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     result = Result()

@@ -21,6 +21,12 @@ def is_exact(request: Request) -> bool:
     return request[1].extra_args.get("diffusion_refresh_interval", 1) == 1
 
 
+def prunes(request: Request) -> bool:
+    """Has pictures, and a method that prunes them."""
+    method = request[1].extra_args.get("prune_method", "none")
+    return method != "none" and "multi_modal_data" in request[0]
+
+
 def measure(job: Job, host: Host, result: Result) -> None:
     """Abort requests until so many were aborted; any mode, pruned, cached and exact."""
     rng = job.rng("R2", "api")
@@ -62,7 +68,10 @@ def measure(job: Job, host: Host, result: Result) -> None:
                 running[name], count = key, count + 1
             while len(victims) < VICTIMS:
                 name, moment = f"victim{count}", rng.choice(MOMENTS)
-                host.add(name, draw_request(rng, exact=False, longest=32))
+                victim = draw_request(rng, exact=False, longest=32)
+                while moment == "in_first" and not prunes(victim):  # the step that prunes is the first
+                    victim = draw_request(rng, exact=False, longest=32)
+                host.add(name, victim)
                 victims[name], count = (moment, rng.randint(2, 9)), count + 1
             between_steps()
             problems += host.audit()

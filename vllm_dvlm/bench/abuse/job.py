@@ -28,10 +28,13 @@ class Counts:
     operations: int = 10_000  # R4: half with one KV group, half with two
     clients: int = 16  # R5: requests that wait when a process is killed
     requests: int = 20_000  # R6
+    warm_up: int = 3000  # R6: requests before, in which caches fill and libraries see their first shapes
     window: int = 1000  # R6: requests at either end whose memory is compared
 
 
-QUICK = Counts(fuzzed=60, aborts=30, batches=40, distinct=30, operations=600, clients=8, requests=600, window=150)
+QUICK = Counts(
+    fuzzed=60, aborts=30, batches=40, distinct=30, operations=600, clients=8, requests=600, warm_up=200, window=150
+)
 
 
 @dataclasses.dataclass(frozen=True)

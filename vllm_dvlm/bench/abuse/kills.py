@@ -17,7 +17,7 @@ from vllm_dvlm.bench.engine_job import Result
 HEARD_S = 10.0
 EXIT_S = 60.0
 BEFORE_S = 1.5  # from sending to killing
-ORPHANS_S = 10.0  # that the other processes have to end in
+ORPHANS_S = 30.0  # that the other processes have to end in
 CORE, WORKER = "EngineCore", "Worker"
 
 

@@ -23,6 +23,8 @@ from vllm_dvlm.bench.serving_load import VLLM, serving
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{.*\})? (\S+)$")
 IDLE = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 IDLE_S = 30
+# glibc keeps what was freed, in an arena for every thread; with this it goes back, so that what grows is in use.
+HAND_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 
 class Server:
@@ -132,7 +134,7 @@ def start(job: jobs.Job, name: str, *flags: str, port: int | None = None) -> Ite
     """A server while the body runs. name: of its log in the work folder; flags: more arguments of `vllm serve`."""
     port = port or free_port()
     log = job.workdir / f"{name}.log"
-    with serving(server_command(job, port, *flags), port, job.threads, log) as process:
+    with serving(server_command(job, port, *flags), port, job.threads, log, HAND_BACK) as process:
         server = Server(port, process, log)
         yield server
     server.end_group()

@@ -17,7 +17,7 @@ CONCURRENT = 32
 SAMPLES = 10  # of memory and files in each window
 # Memory may grow by so much between the windows: pages that an allocator touches late.
 LEVEL = 0.02
-LEVEL_FILES = 4
+LEVEL_FILES = 8  # connections come and go
 MIN_WINDOWS = 6  # with fewer the last window says nothing: caches still fill
 
 
@@ -40,11 +40,15 @@ def body(rng: random.Random) -> tuple[str, Body]:
 
 
 def measure(job: Job, server: Server, result: Result) -> None:
-    """Send the requests; memory and files of the first and the last window, each sampled while it runs."""
-    total, window = job.counts.requests, job.counts.window
+    """Send the requests; memory and files of the first and the last window, each sampled while it runs.
+
+    Requests before the first window are not counted: oneDNN keeps code for each new shape of a batch, some 250 MB
+    until its cache is full (ONEDNN_PRIMITIVE_CACHE_CAPACITY, 1,024).
+    """
+    total, window, warm_up = job.counts.requests, job.counts.window, job.counts.warm_up
     every = max(1, window // SAMPLES)
     points: list[Row] = []
-    failed, sent = 0, 0
+    failed, sent = 0, -warm_up
     begin = time.monotonic()
 
     async def run(bar: Any) -> None:
@@ -59,34 +63,28 @@ def measure(job: Job, server: Server, result: Result) -> None:
                 sent += 1
                 bar.update()
                 at = sent
-                if at % every == 0 and (at <= window or at > total - window or at % (10 * every) == 0):
+                if at % every == 0 and (0 < at <= window or at > total - window or at % (10 * every) == 0):
                     memory, files = await asyncio.to_thread(lambda: (server.memory_bytes(), server.open_files()))
                     points.append({"requests": at, "memory_mb": memory / 1e6, "open_files": files})
 
-            await gather_limited([one(number) for number in range(total)], CONCURRENT)
+            await gather_limited([one(number) for number in range(warm_up + total)], CONCURRENT)
 
-    with progress_bar("R6 short requests", total) as bar:
+    with progress_bar("R6 short requests", warm_up + total) as bar:
         asyncio.run(run(bar))
     seconds = time.monotonic() - begin
     left = server.left_over()
     points.sort(key=lambda point: point["requests"])
-    first = [p for p in points if p["requests"] <= window][SAMPLES // 2 :]  # the first half warms up
+    first = [p for p in points if 0 < p["requests"] <= window]
     last = [p for p in points if p["requests"] > total - window]
     memory = [statistics.median(p["memory_mb"] for p in part) for part in (first, last)]
     files = [statistics.median(p["open_files"] for p in part) for part in (first, last)]
     growth = memory[1] / memory[0] - 1
-    setting = (
-        f"{total} requests over HTTP, {CONCURRENT} at a time, last {window} against first: growth of resident memory"
-    )
+    counted = f"{total} requests over HTTP after {warm_up}, {CONCURRENT} at a time"
+    setting = f"{counted}: growth of resident memory, last {window} against first"
     is_long = total >= MIN_WINDOWS * window
     result.value("R6_memory_growth", setting, growth, f"<= {LEVEL}", growth <= LEVEL if is_long else None)
-    result.value(
-        "R6_open_files_growth",
-        "growth of open files",
-        files[1] - files[0],
-        f"<= {LEVEL_FILES}",
-        files[1] - files[0] <= LEVEL_FILES,
-    )
+    more_files = files[1] - files[0]
+    result.value("R6_open_files_growth", "open files", more_files, f"<= {LEVEL_FILES}", more_files <= LEVEL_FILES)
     result.value("R6_failed", "answers that are neither 200 nor 400", failed, "= 0", not failed)
     result.value("R6_left", "requests or KV blocks left afterwards", len(left), "= 0", not left)
     result.figures |= {
@@ -94,6 +92,8 @@ def measure(job: Job, server: Server, result: Result) -> None:
         "R6_memory_last_mb": memory[1],
         "R6_open_files_first": files[0],
         "R6_open_files_last": files[1],
-        "R6_requests_per_s": total / seconds,
+        "R6_memory_cold_mb": points[0]["memory_mb"],
+        "R6_warm_up_requests": warm_up,
+        "R6_requests_per_s": (warm_up + total) / seconds,
     }
     result.growth += points
