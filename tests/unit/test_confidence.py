@@ -159,3 +159,23 @@ def test_entropy_is_the_one_with_a_small_number_added(scale):
     expected = (p * torch.log(p + 1e-10)).sum(-1)
     difference = expected - c.entropy(logits, logits.argmax(-1))
     assert ((difference >= 0) & (difference < 1.3e-5)).all()
+
+
+@pytest.mark.parametrize("name", c.KEPT_CONFIDENCE)
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.integers(-6, 6) | st.floats(-30, 30, width=32), min_size=NUM_WORDS, max_size=NUM_WORDS),
+        min_size=1,
+        max_size=5,
+    ),
+    top_k=st.integers(1, NUM_WORDS + 1),
+)
+def test_fast_twin_of_kept_logits(name, rows, top_k):
+    """The integers make ties with the last kept logit."""
+    logits = torch.tensor(rows, dtype=torch.float32)
+    tokens = c.choose_tokens(logits, 0)
+    expected = c.KEPT_CONFIDENCE[name](c.keep_top(logits.clone(), top_k), tokens)
+    got_tokens, got = c.greedy_kept(logits, top_k, name)
+    assert got_tokens.tolist() == tokens.tolist() and got.dtype == torch.float32
+    assert got.tolist() == pytest.approx(expected.tolist(), abs=2e-6)

@@ -60,11 +60,15 @@ def greedy_low_confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     Returns:
         ([N] int64, [N] float64).
     """
-    # numpy's argmax is vectorised, torch's on the CPU is not (0.03 against 0.3 ms for 126k tokens).
-    tokens = torch.from_numpy(np.argmax(logits.numpy(), axis=1)) if logits.is_cpu else logits.argmax(dim=1)
+    tokens = _argmax(logits)
     column = tokens[:, None]
     logits.sub_(logits.gather(1, column)).exp_().scatter_(1, column, 0.0)
     return tokens, 1 / (1 + logits.sum(dim=1).double())
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """numpy's is vectorised, torch's on the CPU is not (0.03 against 0.3 ms for 126k tokens). [N, V] -> [N]"""
+    return torch.from_numpy(np.argmax(logits.numpy(), axis=1)) if logits.is_cpu else logits.argmax(dim=1)
 
 
 def entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -137,3 +141,35 @@ KEPT_CONFIDENCE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
     "entropy": kept_entropy,
     "margin": kept_margin,
 }
+
+
+def greedy_kept(logits: torch.Tensor, top_k: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Argmax and its confidence among the `top_k` kept logits, from these alone: no softmax of the whole row.
+
+    Twin: ``keep_top`` and ``KEPT_CONFIDENCE[name]``, three times slower on a CPU.
+
+    Args:
+        logits: [N, V] float32 contiguous.
+
+    Returns:
+        ([N] int64, [N] float32).
+    """
+    values = logits.topk(min(top_k, logits.shape[1]), dim=-1).values  # [N, top_k], the best first
+    last = values[:, -1:]
+    # Logits that equal the last one stay as well; of bfloat16 models there often are some.
+    if logits.is_cpu:
+        at_last = torch.from_numpy(np.count_nonzero(logits.numpy() == last.numpy(), axis=1))
+    else:
+        at_last = (logits == last).sum(dim=1)
+    num_more = at_last - (values == last).sum(dim=1)  # [N]
+    weights = torch.exp(values - values[:, :1])
+    p = weights / (weights.sum(dim=1) + num_more * weights[:, -1])[:, None]
+    if name == "low_confidence":
+        confidence = p[:, 0]
+    elif name == "margin":
+        second = p[:, 1] if p.shape[1] > 1 else torch.where(num_more > 0, p[:, 0], 0.0)
+        confidence = p[:, 0] - second
+    else:
+        terms = p * torch.log(p + 1e-10)
+        confidence = terms.sum(dim=1) + num_more * terms[:, -1]
+    return _argmax(logits), confidence
