@@ -65,6 +65,12 @@ def test_time_grid_of_runs(case):
     assert table[left, np.arange(steps)].tolist() == case.counts[0] == [step["k"] for step in case.steps]
 
 
+def test_the_ratio_is_of_the_canvas_not_of_the_grid():
+    assert steps_on_grid(32, 24, 0.5) == (24, 16)
+    assert steps_on_grid(32, 24) == (24, 24)
+    assert steps_on_grid(32) == steps_on_grid(32, 512) == (32, 32)
+
+
 @given(st.integers(0, 200), st.integers(1, 130), names)
 def test_counts_sum_to_the_masks(masks, steps, schedule):
     counts = counts_per_step(masks, steps, schedule)
@@ -113,6 +119,8 @@ def test_bad_schedules(args, message):
         (lambda: steps_on_grid(16, 512, 0.0), r"\(0, 1\]"),
         (lambda: steps_on_grid(16, 512, 1.5), r"\(0, 1\]"),
         (lambda: steps_on_grid(1, 512, 0.5), "No step is left"),
+        (lambda: steps_on_grid(16, 0), "No step is left"),
+        (lambda: steps_on_grid(32, 8, 0.5), "takes 16 steps for 32 positions, the grid has 8"),
         (lambda: grid_table(4, 2, 3), "grid of 2"),
     ],
 )

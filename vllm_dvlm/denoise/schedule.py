@@ -156,14 +156,25 @@ def steps_per_block(
 
 
 def steps_on_grid(canvas_len: int, max_steps: int | None = None, step_ratio: float | None = None) -> tuple[int, int]:
-    """(intervals of the time grid, steps taken) of a canvas that is decoded as a whole. ValueError if none is left.
+    """(intervals of the time grid, steps taken) of a canvas that is decoded as a whole.
 
     Args:
         max_steps: intervals wanted; at most one per position, which is the default.
-        step_ratio: share of the grid that is walked, (0, 1].
+        step_ratio: steps taken as a share of the canvas length, not of the grid, (0, 1]; None: the whole grid.
+
+    Raises:
+        ValueError: no step is left, or the grid has fewer.
     """
     grid = canvas_len if max_steps is None else min(max_steps, canvas_len)
-    return grid, _shortened(grid, step_ratio)
+    if step_ratio is None:
+        return grid, _shortened(grid, None)
+    steps = _shortened(canvas_len, step_ratio)
+    if steps > grid:
+        raise ValueError(
+            f"A step ratio of {step_ratio} takes {steps} steps for {canvas_len} positions, the grid has {grid}: "
+            "raise the number of steps or lower the ratio."
+        )
+    return grid, steps
 
 
 def _shortened(num_steps: int, step_ratio: float | None) -> int:
