@@ -150,7 +150,7 @@ def test_checkpoint_is_the_recorded_one(kind):
     assert recorded == {tiny_lavida.digest(tiny_lavida.tensors(kind))}
 
 
-@pytest.mark.parametrize("name", ["img_step_per_block", "dream_img_prefix_shift"])
+@pytest.mark.parametrize("name", ["img_step_per_block", "dream_img_prefix_ratio_no_schedule"])
 @pytest.mark.parametrize("positions", ["renumber", "keep"])
 def test_pruning_with_a_prefix(name, positions, load_model, merged_prompt):
     """Both loops agree, and keeping every token changes nothing."""

@@ -194,7 +194,8 @@ class _Decoder:
         candidates = (self.canvas == self.mask_id) & (self.index < end)
         rows = candidates.nonzero()[:, 0]
         positions, values = rows[:0], []
-        if count or not self.lean:  # a forward that unmasks nothing can be left out
+        # A forward that unmasks nothing can be left out, unless it is the one that pruning looks at.
+        if count or not self.lean or self.visual is not None:
             probe = None if self.visual is None else self.sequence.probe(self.visual)
             tokens, confidence = self.sequence.predict(self.canvas, rows, probe)
             order = torch.where(candidates, confidence, -torch.inf).argsort(descending=True, stable=True)
