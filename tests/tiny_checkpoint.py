@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +31,22 @@ VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
 
 class SeededTensors(dict[str, torch.Tensor]):
-    """Tensors by name; every draw has its own stream."""
+    """Tensors by name; every draw has its own stream, named by `key` (the tensor's name if not given)."""
 
     def __init__(self, seed: int | str):
         super().__init__()
         self.seed = seed
 
-    def normal(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> torch.Tensor:
+    def stream(self, key: str) -> np.random.RandomState:
+        """The generator of this draw."""
+        digest = hashlib.sha256(f"{self.seed}:{key}".encode()).digest()
+        return np.random.RandomState(np.frombuffer(digest[:16], dtype="<u4"))
+
+    def normal(
+        self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0, key: str | None = None
+    ) -> torch.Tensor:
         """Draw, store and return a float32 tensor."""
-        key = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-        rng = np.random.RandomState(np.frombuffer(key[:16], dtype="<u4"))
-        drawn = rng.standard_normal(int(np.prod(shape))).reshape(shape) * std + mean
+        drawn = self.stream(key or name).standard_normal(int(np.prod(shape))).reshape(shape) * std + mean
         self[name] = torch.from_numpy(drawn.astype(np.float32))
         return self[name]
 
@@ -161,7 +167,7 @@ def content_digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _save_weights(folder: Path, tensors: dict[str, torch.Tensor], num_shards: int) -> list[str]:
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor], num_shards: int) -> list[str]:
     """Write one file, or `num_shards` files and their index; return the file names."""
     names = sorted(tensors)
     if num_shards == 1:
@@ -196,7 +202,7 @@ def build(
         for token, like in ((files.EOT, eot_like), (files.MASK, mask_like)):
             if like is not None:
                 head[[token, like]] = head[[like, token]]
-    weight_files = _save_weights(folder, tensors, shards)
+    weight_files = save_weights(folder, tensors, shards)
     decoy = f"{files.VISION_FOLDER}/model.safetensors"
     vision = _decoy_vision_tensors(seed)
     save_file({name: vision[name] for name in sorted(vision)}, folder / decoy, {"format": "pt"})
@@ -212,10 +218,15 @@ def checkpoint(tmp_root: str | Path, **build_args) -> Path:
     """
     given = {key: value for key, value in sorted(build_args.items()) if value is not None}
     folder = Path(tmp_root) / "-".join(["llada_v", *(f"{key}={value}" for key, value in given.items())])
+    return built_once(folder, functools.partial(build, **given))
+
+
+def built_once(folder: Path, build_into: Callable[[Path], object]) -> Path:
+    """`folder`, filled by `build_into` on first use; an interrupted build leaves nothing under that name."""
     if not folder.exists():
         half_built = folder.with_name(folder.name + ".part")
         shutil.rmtree(half_built, ignore_errors=True)
-        build(half_built, **given)
+        build_into(half_built)
         half_built.rename(folder)
     return folder
 

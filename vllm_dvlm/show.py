@@ -50,7 +50,8 @@ def token_maps(image: dict[str, Any], values: np.ndarray) -> tuple[np.ndarray, n
     if image["grid"] is None:
         return overview, None
     grid_rows, grid_columns = image["grid"]
-    grid = values[rows * columns :].reshape(grid_rows, grid_columns + 1)[:, :-1]
+    newlines = image.get("newlines", True)  # traces of the first release do not say
+    grid = values[rows * columns :].reshape(grid_rows, grid_columns + newlines)[:, :grid_columns]
     return overview, grid
 
 

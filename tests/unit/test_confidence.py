@@ -31,7 +31,7 @@ rows = st.lists(st.lists(st.floats(-30, 30, width=32), min_size=NUM_WORDS, max_s
 
 def test_every_remasking_has_a_confidence():
     assert {*c.CONFIDENCE, "random"} == set(REMASKING)
-    assert set(PLAIN) == set(c.CONFIDENCE)
+    assert set(PLAIN) == set(c.CONFIDENCE) == set(c.KEPT_CONFIDENCE)
 
 
 @pytest.mark.parametrize("name", c.CONFIDENCE)
@@ -103,3 +103,79 @@ def test_random_confidence_follows_its_generator():
     draw = [c.random_confidence(5, torch.Generator().manual_seed(s), torch.device("cpu")) for s in (1, 1, 2)]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
     assert draw[0].dtype == torch.float64 and bool(((draw[0] >= 0) & (draw[0] < 1)).all())
+
+
+def plain_kept(row, top_k, top_p):
+    """Indices that stay, in plain Python."""
+    order = sorted(range(len(row)), key=lambda i: -row[i])
+    p, stay, total = plain_softmax(row), [], 0.0
+    for i in order:
+        if stay and total > top_p:
+            break
+        stay.append(i)
+        total += p[i]
+    last = sorted((row[i] for i in stay), reverse=True)[:top_k][-1]
+    return [i for i in stay if row[i] >= last]
+
+
+@pytest.mark.parametrize("name", c.KEPT_CONFIDENCE)
+@settings(max_examples=60, deadline=None)
+@given(rows=rows, top_k=st.integers(1, NUM_WORDS + 1), top_p=st.sampled_from([0.3, 0.8, 0.95, 1.0]))
+def test_confidence_of_kept_logits(name, rows, top_k, top_p):
+    logits = torch.tensor(rows)
+    tokens = c.choose_tokens(logits, 0)
+    kept = c.keep_top(logits.clone(), top_k, top_p)
+    got = c.KEPT_CONFIDENCE[name](kept, tokens)
+    assert got.dtype == torch.float32
+    for row, left, token, value in zip(logits.tolist(), kept.tolist(), tokens.tolist(), got.tolist(), strict=True):
+        stay = plain_kept(row, top_k, top_p)
+        there = [i for i, x in enumerate(left) if x > -math.inf]
+        # A sum that meets top_p in the last place may fall to either side.
+        if there != sorted(stay):
+            near = [abs(sum(sorted(plain_softmax(row), reverse=True)[:n]) - top_p) for n in range(1, NUM_WORDS)]
+            assert min(near) < 1e-5
+            stay = there
+        p = dict.fromkeys(range(NUM_WORDS), 0.0) | dict(zip(stay, plain_softmax([row[i] for i in stay]), strict=True))
+        assert value == pytest.approx(PLAIN[name](list(p.values()), token), abs=2e-5)
+
+
+def test_ties_with_the_last_kept_logit_stay():
+    logits = c.keep_top(torch.tensor([[3.0, 1.0, 2.0, 1.0, 0.0]]), top_k=3)
+    assert logits.isfinite().tolist() == [[True, True, True, True, False]]
+    assert c.keep_top(torch.tensor([[3.0, 1.0]]), None, None).isfinite().all()
+
+
+def test_margin_of_one_kept_logit_is_one():
+    logits = c.keep_top(torch.tensor([[3.0, 1.0, 2.0]]), top_k=1)
+    for name, best in (("low_confidence", 1), ("margin", 1), ("entropy", 0)):
+        assert c.KEPT_CONFIDENCE[name](logits, torch.tensor([0])).item() == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
+def test_entropy_is_the_one_with_a_small_number_added(scale):
+    """LaViDa adds 1e-10 inside the logarithm; on its whole vocabulary no row moves by as much as its tolerance."""
+    logits = scale * torch.randn(3, 126464, generator=torch.Generator().manual_seed(0))
+    p = logits.double().softmax(-1)
+    expected = (p * torch.log(p + 1e-10)).sum(-1)
+    difference = expected - c.entropy(logits, logits.argmax(-1))
+    assert ((difference >= 0) & (difference < 1.3e-5)).all()
+
+
+@pytest.mark.parametrize("name", c.KEPT_CONFIDENCE)
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.integers(-6, 6) | st.floats(-30, 30, width=32), min_size=NUM_WORDS, max_size=NUM_WORDS),
+        min_size=1,
+        max_size=5,
+    ),
+    top_k=st.integers(1, NUM_WORDS + 1),
+)
+def test_fast_twin_of_kept_logits(name, rows, top_k):
+    """The integers make ties with the last kept logit."""
+    logits = torch.tensor(rows, dtype=torch.float32)
+    tokens = c.choose_tokens(logits, 0)
+    expected = c.KEPT_CONFIDENCE[name](c.keep_top(logits.clone(), top_k), tokens)
+    got_tokens, got = c.greedy_kept(logits, top_k, name)
+    assert got_tokens.tolist() == tokens.tolist() and got.dtype == torch.float32
+    assert got.tolist() == pytest.approx(expected.tolist(), abs=2e-6)

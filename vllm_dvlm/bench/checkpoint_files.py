@@ -86,9 +86,14 @@ class Sizes:
     vision_heads: int = 2
     vision_intermediate: int = 64
     patch: int = 14
+    kv_heads: int | None = None  # as `heads` if not given
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
 
 
-def _byte_chars() -> dict[int, str]:
+def byte_chars() -> dict[int, str]:
     """Byte -> printable stand-in; in this order the newline gets id 198 and the space 220."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {byte: chr(byte) for byte in printable}
@@ -101,7 +106,7 @@ def _byte_chars() -> dict[int, str]:
 @functools.cache
 def _vocabulary() -> tuple[str, tuple[int, ...]]:
     """(text of tokenizer.json, ids of the words a random model may say)."""
-    table = _byte_chars()
+    table = byte_chars()
     vocab = {char: i for i, char in enumerate(table.values())}
     fixed, word_ids = set(_FIXED_WORD_IDS.values()), []
     free = (i for i in range(len(table), BOS) if i not in fixed)
@@ -120,6 +125,17 @@ def _vocabulary() -> tuple[str, tuple[int, ...]]:
     special |= {i: f"<|reserved_token_{n}|>" for n, i in enumerate(unnamed)}
     # Named tokens first: the order of the vocabulary is part of the recorded file digest.
     vocab |= {text: i for i, text in special.items()}
+    return tokenizer_text(vocab, special, use_regex=True), tuple(sorted(set(word_ids)))
+
+
+def tokenizer_text(vocab: dict[str, int], special: dict[int, str], use_regex: bool) -> str:
+    """Text of tokenizer.json: byte-level BPE without merges.
+
+    Args:
+        vocab: ids by piece, the special ones included.
+        special: texts of the special ids, found anywhere in a text.
+        use_regex: cut into words first; needed where words are pieces.
+    """
     flags = {
         "single_word": False,
         "lstrip": False,
@@ -131,7 +147,7 @@ def _vocabulary() -> tuple[str, tuple[int, ...]]:
         "type": "ByteLevel",
         "add_prefix_space": False,
         "trim_offsets": True,
-        "use_regex": True,
+        "use_regex": use_regex,
     }
     tokenizer = {
         "version": "1.0",
@@ -155,7 +171,7 @@ def _vocabulary() -> tuple[str, tuple[int, ...]]:
             "merges": [],
         },
     }
-    return json.dumps(tokenizer, ensure_ascii=False), tuple(sorted(set(word_ids)))
+    return json.dumps(tokenizer, ensure_ascii=False)
 
 
 def word_ids() -> list[int]:

@@ -2,11 +2,11 @@
 
 Pure arithmetic first (front end and worker must agree on it without a message), then pixels, then
 the arrangement of projected features. Numbers in brackets are points of the README in
-tests/golden/llada_v.
+tests/golden/llada_v; what pools or does not unpad: section "Image" of the one in tests/golden/lavida.
 """
 
-# T = tiles of an image, H = W = tile side in pixels, P = patches per tile side, N = visual tokens
-# of an image, D = hidden size, h and w = rows and columns of the joined patch map.
+# T = tiles of an image, H = W = tile side in pixels, P = patches per tile side, S = tokens per tile side (P
+# unless pooled), N = visual tokens of an image, D = hidden size, h and w = rows and columns of the joined map.
 
 import ast
 import math
@@ -43,6 +43,9 @@ class ImageLayoutConfig:
         patches_per_side: patches per tile side.
         resample: Pillow resampling filter; bicubic is Pillow's default for RGB.
         mean, std: normalisation of value / 255, equal in all channels.
+        pooled_side: side to which a tile's projected patch map is resized; None: it is not.
+        unpads: True ("spatial_unpad"): padding is cut off the joined map and a newline token ends each of its
+            rows, or the single tile; False ("spatial"): neither.
     """
 
     mode: str
@@ -53,22 +56,33 @@ class ImageLayoutConfig:
     resample: int = Image.Resampling.BICUBIC
     mean: float = 0.5
     std: float = 0.5
+    pooled_side: int | None = None
+    unpads: bool = True
 
     @classmethod
-    def from_hf_config(cls, config, vision_config=None) -> "ImageLayoutConfig":
-        """Read `image_aspect_ratio`, `image_grid_pinpoints` and, unless given, `vision_config`.
+    def from_hf_config(
+        cls,
+        config,
+        vision_config=None,
+        *,
+        pool_stride: int | None = None,
+        merge_types: tuple[str, ...] = ("spatial_unpad",),
+    ) -> "ImageLayoutConfig":
+        """Read `image_aspect_ratio`, `image_grid_pinpoints`, `mm_patch_merge_type` and, unless given, `vision_config`.
 
         Raises ValueError, naming the key, for a value that is not supported.
+
+        Args:
+            pool_stride: patches per side that become one token, the last one perhaps smaller; None: no pooling.
+            merge_types: values of `mm_patch_merge_type` that the model family has, its default first.
         """
         vision = vision_config if vision_config is not None else config.vision_config
-        for key, supported in (
-            ("mm_patch_merge_type", "spatial_unpad"),
-            ("mm_newline_position", "grid"),
-        ):
-            value = getattr(config, key, None)
-            if value not in (None, supported):
-                raise ValueError(f"{key}={value!r} is not supported, only {supported!r}.")
+        merge_type = _supported(config, "mm_patch_merge_type", *merge_types)
+        _supported(config, "mm_newline_position", "grid")
+        if pool_stride is not None:
+            _supported(config, "mm_spatial_pool_mode", "bilinear")
         tile = _side(vision.image_size, "image_size")
+        patches = tile // _side(vision.patch_size, "patch_size")
         mode, max_grid_tiles = parse_aspect_ratio(getattr(config, "image_aspect_ratio", None))
         pinpoints = getattr(config, "image_grid_pinpoints", None)
         if pinpoints is not None or mode == "anyres":
@@ -77,8 +91,10 @@ class ImageLayoutConfig:
             mode=mode,
             pinpoints=pinpoints or (),
             tile_size=tile,
-            patches_per_side=tile // _side(vision.patch_size, "patch_size"),
+            patches_per_side=patches,
             max_grid_tiles=max_grid_tiles,
+            pooled_side=None if pool_stride is None else -(-patches // pool_stride),
+            unpads=merge_type == "spatial_unpad",
         )
 
     def with_aspect_ratio(self, value: object) -> "ImageLayoutConfig":
@@ -92,6 +108,11 @@ class ImageLayoutConfig:
         return replace(self, mode=mode, max_grid_tiles=max_grid_tiles)
 
     @property
+    def tokens_per_side(self) -> int:
+        """Visual tokens per tile side."""
+        return self.patches_per_side if self.pooled_side is None else self.pooled_side
+
+    @property
     def grid_limit(self) -> int:
         """The mode as one number that travels with an image: -1 "pad", 0 "anyres", N its max."""
         return -1 if self.mode == "pad" else self.max_grid_tiles or 0
@@ -102,13 +123,19 @@ class ImageLayoutConfig:
         return replace(self, mode=mode, max_grid_tiles=grid_limit if grid_limit > 0 else None)
 
 
+def lavida_layout(config, vision_config=None) -> ImageLayoutConfig:
+    """Layout of LaViDa: every second patch per side after the projector, padding kept if the checkpoint says so."""
+    merges = ("spatial_unpad", "spatial")
+    return ImageLayoutConfig.from_hf_config(config, vision_config, pool_stride=2, merge_types=merges)
+
+
 @dataclass(frozen=True)
 class ImageLayout:
     """Tiles and patch map of one image size; pairs are (rows, columns), None in "pad" mode.
 
     Attributes:
         grid_tiles: the grid of tiles.
-        unpad_in, unpad_out: patch map before and after padding is cut off.
+        unpad_in, unpad_out: map of tokens before and after padding is cut off; equal if it is not.
         downsampled: patch map after shrinking, None if it is not shrunk.
         num_tiles: tiles that go through the vision tower, the overview tile included.
         num_visual_tokens: tokens in the prompt, newline tokens included.
@@ -189,13 +216,13 @@ def layout_of(width: int, height: int, layout: ImageLayoutConfig) -> ImageLayout
     """
     if width < 1 or height < 1:
         raise ValueError(f"An image of {width}x{height} pixels cannot be used: send one with at least one pixel.")
-    side = layout.patches_per_side
+    side, newline = layout.tokens_per_side, int(layout.unpads)
     if layout.mode == "pad":
-        return ImageLayout(num_tiles=1, num_visual_tokens=side * side + 1)
+        return ImageLayout(num_tiles=1, num_visual_tokens=side * side + newline)
     canvas_w, canvas_h = select_grid(width, height, layout.pinpoints)
     columns_of_tiles, rows_of_tiles = canvas_w // layout.tile_size, canvas_h // layout.tile_size
     h, w = full = rows_of_tiles * side, columns_of_tiles * side
-    rows_cut, columns_cut = _padding(width, height, h, w)
+    rows_cut, columns_cut = _padding(width, height, h, w) if layout.unpads else (0, 0)
     h, w = cut = h - 2 * rows_cut, w - 2 * columns_cut
     if h < 1 or w < 1:
         raise ValueError(
@@ -203,13 +230,13 @@ def layout_of(width: int, height: int, layout: ImageLayoutConfig) -> ImageLayout
             "it without keeping the ratio."
         )
     shrunk = None
-    if layout.max_grid_tiles is not None:
+    if layout.max_grid_tiles is not None and layout.unpads:
         times = math.sqrt(h * w / (layout.max_grid_tiles * side**2))
         if times > _SHRINK_ABOVE:
             h, w = shrunk = int(h // times), int(w // times)
     return ImageLayout(
         num_tiles=1 + rows_of_tiles * columns_of_tiles,
-        num_visual_tokens=side * side + h * (w + 1),
+        num_visual_tokens=side * side + h * (w + newline),
         grid_tiles=(rows_of_tiles, columns_of_tiles),
         unpad_in=full,
         unpad_out=cut,
@@ -248,7 +275,7 @@ def _most(
 ) -> tuple[int, int]:
     """Size of the image of highest rank. Tries, per grid, images that fill it to every possible number of rows or
     columns."""
-    side, tile = layout.patches_per_side, layout.tile_size
+    side, tile = layout.tokens_per_side, layout.tile_size
     best, best_rank = (tile, tile), (-1, -1)
     for canvas_w, canvas_h in layout.pinpoints:
         rows, columns = canvas_h // tile * side, canvas_w // tile * side
@@ -299,38 +326,46 @@ def arrange(
     Args:
         features: [T, P * P, D], projected tile features, any float dtype.
         size: (width, height) of the original image.
-        image_newline: [D], appended to every row of the map, and once in "pad" mode.
+        image_newline: [D], appended to every row of the map, and once in "pad" mode; unused if the layout does
+            not unpad.
 
     Returns:
         [N, D] in the dtype of `features`.
     """
     found = layout_of(*size, layout)
-    num_tiles, num_patches, hidden = features.shape
+    num_tiles, _, hidden = features.shape
     if num_tiles != found.num_tiles:
         raise ValueError(f"{num_tiles} tiles given, an image of {size} has {found.num_tiles}.")
+    side = layout.tokens_per_side
+    if layout.pooled_side is not None:
+        features = _resize(features.unflatten(1, (layout.patches_per_side, -1)), (side, side)).flatten(1, 2)
     newline = image_newline.to(features)
     if found.grid_tiles is None:
-        return torch.cat([features[0], newline[None]])
-    side = layout.patches_per_side
+        return torch.cat([features[0], newline[None]]) if layout.unpads else features[0]
     rows, columns = found.grid_tiles
     grid = features[1:].view(rows, columns, side, side, hidden).transpose(1, 2)
     (h, w), (top, left) = found.unpad_out, (found.rows_cut, found.columns_cut)
     height, width = found.downsampled or (h, w)
     tokens = features.new_empty(found.num_visual_tokens, hidden)
-    tokens[:num_patches] = features[0]
-    lines = tokens[num_patches:].view(height, width + 1, hidden)
-    lines[:, width] = newline
+    tokens[: side * side] = features[0]
+    lines = tokens[side * side :].view(height, width + layout.unpads, hidden)
+    if layout.unpads:
+        lines[:, width] = newline
     for first in range(0, hidden, _CHANNELS_AT_ONCE):
         channels = slice(first, first + _CHANNELS_AT_ONCE)
         part = grid[..., channels].reshape(rows * side, columns * side, -1)[top : top + h, left : left + w]
         if found.downsampled is not None:
-            # float32 whatever the model's dtype: the weights of the four neighbours do not fit into
-            # bfloat16.
-            maps = part.permute(2, 0, 1)[None].float()
-            maps = torch.nn.functional.interpolate(maps, size=found.downsampled, mode="bilinear", align_corners=False)
-            part = maps[0].permute(1, 2, 0).to(features.dtype)
+            part = _resize(part[None], found.downsampled)[0]
         lines[:, :width, channels] = part
     return tokens
+
+
+def _resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear, [M, h, w, D] to [M, *size, D] in the same dtype."""
+    # float32 whatever the model's dtype: the weights of the four neighbours do not fit into bfloat16.
+    wide = maps.permute(0, 3, 1, 2).float()
+    wide = torch.nn.functional.interpolate(wide, size=size, mode="bilinear", align_corners=False)
+    return wide.permute(0, 2, 3, 1).to(maps.dtype)
 
 
 def _padding(width: int, height: int, h: int, w: int) -> tuple[int, int]:
@@ -372,6 +407,16 @@ def _normalised_values(mean: float, std: float) -> np.ndarray:
     [8]."""
     scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
     return (scaled - np.float32(mean)) / np.float32(std)
+
+
+def _supported(config, key: str, *values: str) -> str:
+    """The config's value of `key`, the first of `values` if it has none. ValueError if it is none of them."""
+    value = getattr(config, key, None)
+    if value is None:
+        return values[0]
+    if value not in values:
+        raise ValueError(f"{key}={value!r} is not supported, only {' or '.join(map(repr, values))}.")
+    return value
 
 
 def _side(value: object, name: str) -> int:

@@ -21,8 +21,8 @@ def describe_images(features: list[MultiModalFeatureSpec], layout: ImageLayoutCo
     """Where the visual tokens of each image lie in it, for pictures.
 
     Per image: ``size`` [width, height]; ``overview`` rows and columns of the overview tile's tokens, which come first;
-    ``grid`` rows and columns of the map of the tiles (None in pad mode), each row followed by one newline token. None
-    for an image whose data did not travel to this worker.
+    ``grid`` rows and columns of the map of the tiles (None in pad mode); ``newlines`` whether one newline token follows
+    each row of the grid, or the overview without a grid. None for an image whose data did not travel to this worker.
     """
     found: list[dict[str, Any] | None] = []
     for feature in features:
@@ -32,9 +32,16 @@ def describe_images(features: list[MultiModalFeatureSpec], layout: ImageLayoutCo
         width, height = (int(x) for x in feature.data["image_sizes"].data.flatten())
         limit = int(feature.data["grid_limits"].data.flatten()[0])
         place = layout_of(width, height, layout.with_grid_limit(limit))
-        side = layout.patches_per_side
+        side = layout.tokens_per_side
         grid = place.downsampled or place.unpad_out
-        found.append({"size": [width, height], "overview": [side, side], "grid": list(grid) if grid else None})
+        found.append(
+            {
+                "size": [width, height],
+                "overview": [side, side],
+                "grid": list(grid) if grid else None,
+                "newlines": layout.unpads,
+            }
+        )
     return found
 
 
@@ -57,10 +64,10 @@ def visual_places(images: Sequence[dict[str, Any] | None], spans: Sequence[Visua
             continue
         rows, columns = image["overview"]
         places.append(_raster(rows, columns))
-        if image["grid"] is None:
-            places.append(np.array([[rows - 1, columns]]))  # the only newline
-        else:
-            places.append(_raster(image["grid"][0], image["grid"][1] + 1))
+        if image["grid"] is not None:
+            places.append(_raster(image["grid"][0], image["grid"][1] + image["newlines"]))
+        elif image["newlines"]:
+            places.append(np.array([[rows - 1, columns]]))  # the only one
     return np.concatenate(places)
 
 

@@ -1,1 +1,1 @@
-"""Plain PyTorch LLaDA-V and two decoding loops: what the engine is compared with."""
+"""Plain PyTorch LLaDA-V and LaViDa with two decoding loops each: what the engine is compared with."""

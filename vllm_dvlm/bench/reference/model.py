@@ -1,6 +1,6 @@
 """Dense LLaDA-V in plain PyTorch, loaded from a checkpoint folder in the original layout.
 
-Source: tests/golden/llada_v/README.md, points 3, 10 and 16, and "The checkpoint".
+Source: tests/golden/llada_v/README.md, points 3, 10 and 16, and "The checkpoint". LaViDa builds on it: lavida_model.py.
 Shapes: B = batch, T = sequence length, D = hidden width, H = heads, E = head width, S = image
 tiles, V = rows of lm_head, C = query rows of a probe, N = key columns of a probe.
 """
@@ -103,30 +103,39 @@ def _split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the halves of x [..., T, E] by angles [T, E / 2]."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
 def _join_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
 class TextModel:
-    """LLaDA text stack: RMSNorm, bidirectional attention, rotary halves, SwiGLU, no bias."""
+    """Text stack: RMSNorm, bidirectional attention, rotary halves, SwiGLU; biases of q, k and v if there are any."""
 
     def __init__(self, config: dict, tensors: Tensors):
         self.num_heads = config["num_attention_heads"]
-        if config.get("num_key_value_heads", self.num_heads) != self.num_heads:
-            raise ValueError("The reference model covers multi-head attention only, as LLaDA-V has it.")
+        self.num_kv_heads = config.get("num_key_value_heads") or self.num_heads
         self.eps, self.theta = config["rms_norm_eps"], config["rope_theta"]
         self.num_layers = config["num_hidden_layers"]
         self.embedding, self.head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
         self.norm = tensors["model.norm.weight"]
         self.layers = [self._layer(tensors, f"model.layers.{i}.") for i in range(self.num_layers)]
-        half = self.embedding.shape[1] // self.num_heads // 2
+        width = self.embedding.shape[1]
+        kv_width = width // self.num_heads * self.num_kv_heads
+        self.widths = [width, kv_width, kv_width]  # of q, k and v
+        half = width // self.num_heads // 2
         exponents = torch.arange(half, dtype=torch.float32) / half
         self.frequencies = 1.0 / self.theta**exponents  # [E / 2]; this order of operations, bit for bit
 
     @staticmethod
     def _layer(tensors: Tensors, prefix: str) -> Tensors:
         """Joined projections: one product instead of three or two, the same numbers."""
-        return {
+        biases = [tensors[name] for n in "qkv" if (name := f"{prefix}self_attn.{n}_proj.bias") in tensors]
+        return ({"qkv_bias": torch.cat(biases)} if biases else {}) | {
             "norm1": tensors[prefix + "input_layernorm.weight"],
             "qkv": torch.cat([tensors[f"{prefix}self_attn.{n}_proj.weight"] for n in "qkv"]),
             "out": tensors[prefix + "self_attn.o_proj.weight"],
@@ -135,9 +144,10 @@ class TextModel:
             "down": tensors[prefix + "mlp.down_proj.weight"],
         }
 
-    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        low, high = x.chunk(2, dim=-1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) [T, E / 2] of float32 positions [T]."""
+        angles = torch.outer(positions, self.frequencies)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def forward(
         self,
@@ -145,19 +155,24 @@ class TextModel:
         start: int = 0,
         cache: KVCache | None = None,
         probe: AttentionProbe | None = None,
+        rotary_start: int | None = None,
     ) -> torch.Tensor:
         """Hidden states [B, T, D] before the last norm.
 
         `x` [B, T, D] are embeddings at positions start, start + 1, ...; with start > 0 the `cache`
-        holds what lies before.
+        holds what lies before. `rotary_start`: position of the first for RoPE, if not `start`.
         """
-        positions = torch.arange(start, start + x.shape[1], dtype=torch.float32)
-        angles = torch.outer(positions, self.frequencies)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        first = start if rotary_start is None else rotary_start
+        positions = torch.arange(first, first + x.shape[1], dtype=torch.float32)
+        cos, sin = self.rotation(positions, x.dtype)
         for i, layer in enumerate(self.layers):
             normed = _rms_norm(x, layer["norm1"], self.eps)
-            q, k, v = (_split_heads(t, self.num_heads) for t in F.linear(normed, layer["qkv"]).chunk(3, -1))
-            q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+            q, k, v = F.linear(normed, layer["qkv"], layer.get("qkv_bias")).split(self.widths, -1)
+            q, k, v = _split_heads(q, self.num_heads), *(_split_heads(t, self.num_kv_heads) for t in (k, v))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if self.num_kv_heads != self.num_heads:
+                # Before the cache: the rows of a cached prefix are widened once, not in every forward.
+                k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for t in (k, v))
             if cache is not None:
                 k, v = cache.update(i, start, k, v)
             attend = F.scaled_dot_product_attention if probe is None else probe.attend
@@ -220,6 +235,8 @@ class VisionModel:
 class ReferenceModel:
     """Text stack and vision tower of one checkpoint folder, on the CPU."""
 
+    read_layout = staticmethod(anyres.ImageLayoutConfig.from_hf_config)
+
     def __init__(self, folder: Path, config: dict, vision_config: dict, tensors: Tensors):
         self.folder, self.config, self.vision_config = folder, config, vision_config
         self.text, self.vision = TextModel(config, tensors), VisionModel(vision_config, tensors)
@@ -244,12 +261,15 @@ class ReferenceModel:
         return F.embedding(torch.as_tensor(token_ids, dtype=torch.long), self.text.embedding)
 
     @torch.inference_mode()
-    def image_features(self, images: Sequence[Image.Image], aspect_ratio: str | None = None) -> list[torch.Tensor]:
-        """Visual tokens [N, D] of each image in sequence order, row ends included (points 5-15)."""
-        config = self.config | ({"image_aspect_ratio": aspect_ratio} if aspect_ratio else {})
-        layout = anyres.ImageLayoutConfig.from_hf_config(
-            SimpleNamespace(**config), SimpleNamespace(**self.vision_config)
-        )
+    def image_features(
+        self, images: Sequence[Image.Image], aspect_ratio: str | None = None, **config_keys: str
+    ) -> list[torch.Tensor]:
+        """Visual tokens [N, D] of each image in sequence order, row ends included (points 5-15).
+
+        `config_keys` take the place of keys of config.json.
+        """
+        config = self.config | ({"image_aspect_ratio": aspect_ratio} if aspect_ratio else {}) | config_keys
+        layout = self.read_layout(SimpleNamespace(**config), SimpleNamespace(**self.vision_config))
         features = []
         for image in images:
             pixels = anyres.preprocess(image, layout).to(self.dtype)
