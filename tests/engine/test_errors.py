@@ -305,11 +305,15 @@ def test_one_kv_group_where_vllm_has_no_manager_of_several(checkpoint, is_off, g
     assert engine_config(checkpoint, **changes).additional_config["dvlm"]["fastv_kv_groups"] == groups
 
 
-def test_a_checkpoint_that_suggests_penalties(checkpoint, tmp_path):
+def test_a_named_generation_config_that_suggests_penalties(checkpoint, tmp_path):
     """Suggestions for other kinds of models; they would refuse every request."""
-    (tmp_path / "generation_config.json").write_text('{"presence_penalty": 0.5, "top_k": 5, "temperature": 0.3}')
-    found = engine_config(checkpoint, generation_config=str(tmp_path)).model_config.get_diff_sampling_param()
-    assert (found["presence_penalty"], found["top_k"], found["temperature"]) == (0, 0, 0)
+    (tmp_path / "generation_config.json").write_text('{"presence_penalty": 0.5, "top_k": -1, "temperature": 0.3}')
+    with pytest.raises(ValueError, match="takes no presence_penalty.*--override-generation-config"):
+        engine_config(checkpoint, generation_config=str(tmp_path))
+    undone = engine_config(
+        checkpoint, generation_config=str(tmp_path), override_generation_config={"presence_penalty": 0}
+    )
+    assert undone.model_config.get_diff_sampling_param()["temperature"] == 0.3
 
 
 @pytest.mark.parametrize("given", [None, False])

@@ -103,8 +103,8 @@ SPELLED = [
     ("chat", {"response_format": {"type": "json_object"}}, "response_format", "structured_outputs"),
     ("chat", {"response_format": SCHEMA}, "response_format", "structured_outputs"),
     ("chat", {"structured_outputs": {"regex": "a"}}, "structured_outputs", "response_format"),
-    ("chat", {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "structured_outputs"),
-    ("chat", {"tools": [TOOL], "tool_choice": TOOL | {"function": {"name": "look"}}}, "tool_choice", None),
+    ("chat", {"tools": [TOOL], "tool_choice": "required"}, "tools", "structured_outputs"),
+    ("chat", {"tools": [TOOL], "tool_choice": TOOL | {"function": {"name": "look"}}}, "tools", "structured_outputs"),
     ("chat", {"logit_bias": {"5": 1}}, "logit_bias", None),
     (
         "chat",
