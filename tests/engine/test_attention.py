@@ -51,12 +51,13 @@ def recorded_steps(engine, monkeypatch):
         # At once: kernels work in place.
         return [x.double().clone() for x in tensors]
 
-    def on_projection(module, inputs, out):
-        width = NUM_HEADS * HEAD_SIZE
-        steps[-1].calls.append([None, None, *copies(out[0][:, 2 * width :])])
+    def recording(project):
+        def recorded(*inputs):
+            out = project(*inputs)
+            steps[-1].calls.append(copies(*out))
+            return out
 
-    def on_rotary(module, inputs, out):
-        steps[-1].calls[-1][:2] = copies(*out)
+        return recorded
 
     def before_output(module, inputs):
         steps[-1].calls[-1] += copies(*inputs)
@@ -68,10 +69,9 @@ def recorded_steps(engine, monkeypatch):
 
     attentions = [layer.self_attn for layer in engine.model.model.layers]
     handles = [engine.model.model.register_forward_hook(on_model)]
-    # One rotary embedding serves all layers.
-    handles += [module.register_forward_hook(on_rotary) for module in {a.rotary_emb for a in attentions}]
     for attention in attentions:
-        handles.append(attention.qkv_proj.register_forward_hook(on_projection))
+        # Long steps are projected in parts, so hooks of the modules inside would see those.
+        monkeypatch.setattr(attention, "_project", recording(attention._project))
         handles.append(attention.o_proj.register_forward_pre_hook(before_output))
     yield steps
     for handle in handles:
