@@ -57,7 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
     for option, part in (("png", "R6"), ("cases", "R1")):
         if getattr(arguments, option) and part not in arguments.only:
             raise ValueError(f"--{option} needs {part}: add it to --only.")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     result = Result()
     with tempfile.TemporaryDirectory(prefix="vllm-dvlm-abuse-") as scratch:
