@@ -6,9 +6,9 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from vllm_dvlm.bench.common import Row, progress, report
+from vllm_dvlm.bench.counted import LLADA_8B, Generation, ideal_speedup, keep_ratio_for, work_shares
 from vllm_dvlm.bench.pruning_job import CACHED, Job, Measured, key_of, measure, merged
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
-from vllm_dvlm.terms import Plan, pruned_prompt_len, step_flops
 
 if TYPE_CHECKING:
     from vllm_dvlm.bench.pruning_host import PruningHost, Run
@@ -37,31 +37,30 @@ class Setting:
         return 1 if self.mode == "no cache" else CACHED
 
 
+def generation(host: "PruningHost") -> Generation:
+    """The request that is measured, for counting."""
+    return Generation(host.prompt_len, host.num_visual, host.job.canvas, host.job.num_steps)
+
+
 def logits_flops(host: "PruningHost") -> int:
     """Multiply-adds of the vocabulary logits of a run in one block: rows still masked before each step."""
-    config, job = host.runner.model_config.hf_config, host.job
-    base, extra = divmod(job.canvas, job.num_steps)
-    left, rows = job.canvas, 0
-    for step in range(job.num_steps):
-        rows += left
-        left -= base + (step < extra)
-    return rows * config.hidden_size * config.vocab_size
+    config = host.runner.model_config.hf_config
+    return generation(host).logits_rows * config.hidden_size * config.vocab_size
 
 
 def fastv_ratio(host: "PruningHost") -> float:
     """Highest keep ratio, in hundredths, at which fastv at half the layers saves FASTV_REDUCTION of the FLOPs."""
-    config, job = host.runner.model_config.hf_config, host.job
-    plan = Plan(host.prompt_len, job.canvas, 0, job.canvas, job.num_steps, 1)
-    whole = job.num_steps * step_flops(config, plan, plan.total_len, None, None)
-    layer = config.num_hidden_layers // 2
-    for percent in range(99, 0, -1):
-        short_len = pruned_prompt_len(host.prompt_len, host.num_visual, percent / 100)
-        short = dataclasses.replace(plan, prompt_len=short_len)
-        flops = step_flops(config, plan, plan.total_len, short, layer)
-        flops += (job.num_steps - 1) * step_flops(config, short, short.total_len, None, None)
-        if flops <= (1 - FASTV_REDUCTION) * whole:
-            return percent / 100
-    return 0.01
+    config = host.runner.model_config.hf_config
+    return keep_ratio_for(config, generation(host), FASTV_REDUCTION, config.num_hidden_layers // 2)
+
+
+def counted_at_8b(host: "PruningHost") -> Row:
+    """Figures of the same request by count at LLaDA-V 8B's sizes, where attention is a smaller part of the work."""
+    work, layer = generation(host), LLADA_8B.num_hidden_layers // 2
+    figures: Row = {f"N5_ideal_{key_of(keep)}_counted_8b": ideal_speedup(LLADA_8B, work, keep) for keep in (0.5, 0.25)}
+    figures["N6_keep_for_65_percent_counted_8b"] = keep_ratio_for(LLADA_8B, work, FASTV_REDUCTION, layer)
+    shares = {"8b": work_shares(LLADA_8B, work), "here": work_shares(host.runner.model_config.hf_config, work)}
+    return figures | {f"work_share_{part}_{name}": x for name, found in shares.items() for part, x in found.items()}
 
 
 def take_turns(host: "PruningHost", settings: list[Setting], label: str) -> dict[Setting, list["Run"]]:
@@ -117,6 +116,7 @@ def measure_steps(job: Job) -> Measured:
     host = PruningHost(job, job.sizes)
     result = Measured(description=host.describe() | {"prompt": host.prompt_len, "visual_tokens": host.num_visual})
     result.figures["image_encoding_s"] = host.encode_s
+    result.figures |= counted_at_8b(host)
     ratio = fastv_ratio(host)
     exact = [Setting("no cache", job.method, keep) for keep in job.keep_ratios]
     cached = [Setting("cache", job.method, keep) for keep in job.keep_ratios]

@@ -1,0 +1,35 @@
+"""Costs by count: the 8B model beside the shapes that are timed."""
+
+import pytest
+
+from vllm_dvlm.bench.counted import LLADA_8B, Generation, Shape, flops, ideal_speedup, keep_ratio_for, work_shares
+
+# The papers' setting, and the shape of `bench pruning`.
+WORK = Generation(prompt_len=3729, num_visual=3669, canvas_len=32, num_steps=16)
+BENCH = Shape(384, 6, 1152, 126464, 6, 6)
+
+
+def test_ideals_depend_on_the_shape():
+    """Attention grows with the square of the length, and is a smaller part of a wide model."""
+    assert ideal_speedup(LLADA_8B, WORK, 0.5) == pytest.approx(1.95, abs=0.005)
+    assert ideal_speedup(LLADA_8B, WORK, 0.25) == pytest.approx(3.43, abs=0.005)
+    assert ideal_speedup(BENCH, WORK, 0.5) == pytest.approx(2.49, abs=0.005)
+    assert ideal_speedup(BENCH, WORK, 0.25) == pytest.approx(4.92, abs=0.005)
+
+
+def test_shares_of_the_work():
+    wide, narrow = work_shares(LLADA_8B, WORK), work_shares(BENCH, WORK)
+    assert sum(wide.values()) == pytest.approx(1) and sum(narrow.values()) == pytest.approx(1)
+    assert wide["attention"] == pytest.approx(0.12, abs=0.01)
+    assert narrow["attention"] > 0.5
+
+
+def test_keep_ratio_for_a_saving():
+    ours, theirs = (keep_ratio_for(c, WORK, 0.65, c.num_hidden_layers // 2) for c in (BENCH, LLADA_8B))
+    assert ours == 0.46 and 0.33 <= theirs <= 0.35
+    whole = flops(LLADA_8B, WORK)
+    assert flops(LLADA_8B, WORK, theirs, 16) <= 0.35 * whole < flops(LLADA_8B, WORK, theirs + 0.01, 16)
+
+
+def test_nothing_pruned_is_nothing_saved():
+    assert ideal_speedup(LLADA_8B, WORK, 1.0) == 1
