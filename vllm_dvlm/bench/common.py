@@ -183,7 +183,7 @@ def write_png(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("--png needs matplotlib: pip install 'vllm-dvlm[plot]'.") from error
+        raise ValueError("--png needs matplotlib: pip install matplotlib.") from error
     columns, lines = min(2, panels), -(-panels // 2)
     # Without pyplot: no display, no global state.
     figure = Figure(figsize=(size[0] * columns, size[1] * lines), layout="constrained")
