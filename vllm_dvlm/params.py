@@ -111,8 +111,7 @@ class ServerSettings:
     max_canvas_length: int = _setting(512, "largest canvas, suffix included, that a request may ask for", "≥ 1")
     default_canvas_length: int | None = _setting(
         None,
-        "canvas of requests that name neither a canvas nor `max_tokens`; default: the family's (LLaDA-V: 128, in one "
-        "block, a step per position)",
+        "canvas of requests that name neither a canvas nor `max_tokens`; default: the family's",
         "1 … `max_canvas_length`",
     )
     max_image_tiles: int | None = _setting(None, "most tiles of one image; default: the checkpoint's grid", "≥ 1")

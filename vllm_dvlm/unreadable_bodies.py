@@ -42,4 +42,5 @@ def reader_frames(error: BaseException) -> list[str]:
         if names or trace.tb_frame.f_globals.get("__name__") in _READERS:
             names.append(trace.tb_frame.f_code.co_name)
         trace = trace.tb_next
-    return names
+    # Comprehensions have frames without a name of their own.
+    return [name for name in names if not name.startswith("<")]

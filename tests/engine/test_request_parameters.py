@@ -138,22 +138,25 @@ def test_refusals_name_what_the_request_says(front_end, endpoint, body, named, u
         tool_parser="hermes",
         enable_auto_tools=True,
     )
-    if endpoint == "chat":
-        request = ChatCompletionRequest(**CHAT, **body)
-        prompt = asyncio.run(online.render_chat(request))[1][0]
-    elif endpoint == "completion":
-        request = CompletionRequest(prompt="Hi", temperature=1, **body)
-        prompt = asyncio.run(online.render_completion(request))[0]
-    else:
-        request = ResponsesRequest(**RESPONSE, **body)
-        prompt = asyncio.run(online.render_responses(request)).engine_input
-    params = request.to_sampling_params(body.get("max_completion_tokens", 16), {})
+
+    def sent():
+        if endpoint == "chat":
+            request = ChatCompletionRequest(**CHAT, **body)
+            prompt = asyncio.run(online.render_chat(request))[1][0]
+        elif endpoint == "completion":
+            request = CompletionRequest(prompt="Hi", temperature=1, **body)
+            prompt = asyncio.run(online.render_completion(request))[0]
+        else:
+            request = ResponsesRequest(**RESPONSE, **body)
+            prompt = asyncio.run(online.render_responses(request)).engine_input
+        params = request.to_sampling_params(body.get("max_completion_tokens", 16), {})
+        return front_end.processor.process_inputs("r", prompt, params, ("generate",)).sampling_params
+
     if named is None:
-        sent = front_end.processor.process_inputs("r", prompt, params, ("generate",)).sampling_params
-        assert sent.prompt_logprobs is None, "no work that nobody asked for"
+        assert sent().prompt_logprobs is None, "no work that nobody asked for"
         return
     with pytest.raises(ValueError, match=named.replace(".", r"\.")) as caught:
-        front_end.processor.process_inputs("r", prompt, params, ("generate",))
+        sent()
     assert unnamed is None or unnamed not in str(caught.value)
     assert caught.value.parameter in {None, "prompt_logprobs", *body, *body.get("vllm_xargs", {})}, "what clients read"
 
