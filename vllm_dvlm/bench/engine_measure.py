@@ -266,11 +266,12 @@ def measure_mid(job: Job) -> Result:
 
 
 def measure_cached(side: Side, job: Job, result: Result) -> None:
-    """N9: prefix cache and threshold against the exact loops, which need one step per token."""
+    """N9: prefix cache and threshold against the exact loops, which need one step per token, and against loops of the
+    same mode: the official hook's arithmetic (whole vocabulary of every processed position) and the lean one's."""
     canvas, exact = job.canvas_length, exact_options(job.canvas_length, job.canvas_length)
     cached = request(side.engine_prompt, canvas, refresh_interval=32, threshold=job.threshold)
     cache_only = request(side.engine_prompt, canvas, refresh_interval=32)
-    ours, without_threshold, lean, official, same_mode, equal = [], [], [], [], [], True
+    ours, without_threshold, lean, official, same_mode, hook, equal = [], [], [], [], [], [], True
     side.host.decode([cached])
     for _ in progress(range(max(1, job.repeats - 1)), "N9"):
         run = side.host.decode([cached])
@@ -278,7 +279,15 @@ def measure_cached(side: Side, job: Job, result: Result) -> None:
         without_threshold.append(side.host.decode([cache_only]).time)
         mine = time_lean_loop(side.model, side.prompt, cached_options(canvas, threshold=job.threshold), num_repeats=1)
         same_mode += loop_times(mine)
-        equal &= run.token_ids == [mine.result.final_ids]
+        theirs = time_official_loop(
+            side.model,
+            side.prompt,
+            cached_options(canvas, threshold=job.threshold),
+            num_repeats=1,
+            chunk_rows=OFFICIAL_CHUNK_ROWS,
+        )
+        hook += loop_times(theirs)
+        equal &= run.token_ids == [mine.result.final_ids] == [theirs.result.final_ids]
         lean += loop_times(time_lean_loop(side.model, side.prompt, exact, num_repeats=1, warm_up=False))
         official += time_official(side, job, canvas, canvas, False)
     more = (
@@ -287,6 +296,9 @@ def measure_cached(side: Side, job: Job, result: Result) -> None:
     setting = side.setting(more)
     result.ratio("N9_cached_threshold_vs_official_loop", setting, ours, official, "official loop, exact", 10)
     result.ratio("N9_cached_threshold_vs_lean_loop", setting, ours, lean, "lean loop, exact", 6)
+    result.ratio(
+        "N9_cached_threshold_vs_official_hook_same_mode", setting, ours, hook, "official hook, same mode", None
+    )
     result.ratio("N9_cached_threshold_vs_lean_loop_same_mode", setting, ours, same_mode, "lean loop, same mode", None)
     cached_setting = side.setting(f"canvas {canvas}, refresh 32, no threshold, {canvas} steps")
     result.ratio("N9_cached_vs_lean_loop", cached_setting, without_threshold, lean, "lean loop, exact", None)
