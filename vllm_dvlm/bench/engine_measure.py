@@ -262,7 +262,25 @@ def measure_mid(job: Job) -> Result:
         work = [request(text, 32, **options)] * BATCH
         key = "N4_batch8_vs_sequential_saturated" + suffix
         measure_batch(side.host, key, f"mid, text prompt, canvas 32, {how}", work, job.repeats, target, result)
+    measure_pictures(side, job, result)
     return side.finish(result, job)
+
+
+def measure_pictures(side: Side, job: Job, result: Result) -> None:
+    """N4 for prompts with an image, which fill a step with thousands of rows: together they must never lose."""
+    settings = {
+        "exact": ("one block, exact, 4 steps", {"max_steps": 4}),
+        "cached": (
+            f"refresh 32, threshold {job.threshold:g}",
+            {"refresh_interval": 32, "threshold": job.threshold},
+        ),
+    }
+    for name, (how, options) in settings.items():
+        for count in (2, 4, BATCH):
+            work = [request(side.engine_prompt, 32, **options)] * count
+            key = f"N4_pictures_{name}_batch{count}_vs_sequential"
+            setting = side.setting(f"{count} at once, canvas 32, {how}")
+            measure_batch(side.host, key, setting, work, max(1, job.repeats - 1), 1.0, result)
 
 
 def measure_cached(side: Side, job: Job, result: Result) -> None:
