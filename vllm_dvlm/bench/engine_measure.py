@@ -262,15 +262,34 @@ def measure_mid(job: Job) -> Result:
         work = [request(text, 32, **options)] * BATCH
         key = "N4_batch8_vs_sequential_saturated" + suffix
         measure_batch(side.host, key, f"mid, text prompt, canvas 32, {how}", work, job.repeats, target, result)
+    measure_pictures(side, job, result)
     return side.finish(result, job)
 
 
+def measure_pictures(side: Side, job: Job, result: Result) -> None:
+    """N4 for prompts with an image, which fill a step with thousands of rows: together they must never lose."""
+    settings = {
+        "exact": ("one block, exact, 4 steps", {"max_steps": 4}),
+        "cached": (
+            f"refresh 32, threshold {job.threshold:g}",
+            {"refresh_interval": 32, "threshold": job.threshold},
+        ),
+    }
+    for name, (how, options) in settings.items():
+        for count in (2, 4, BATCH):
+            work = [request(side.engine_prompt, 32, **options)] * count
+            key = f"N4_pictures_{name}_batch{count}_vs_sequential"
+            setting = side.setting(f"{count} at once, canvas 32, {how}")
+            measure_batch(side.host, key, setting, work, max(1, job.repeats - 1), 1.0, result)
+
+
 def measure_cached(side: Side, job: Job, result: Result) -> None:
-    """N9: prefix cache and threshold against the exact loops, which need one step per token."""
+    """N9: prefix cache and threshold against the exact loops, which need one step per token, and against loops of the
+    same mode: the official hook's arithmetic (whole vocabulary of every processed position) and the lean one's."""
     canvas, exact = job.canvas_length, exact_options(job.canvas_length, job.canvas_length)
     cached = request(side.engine_prompt, canvas, refresh_interval=32, threshold=job.threshold)
     cache_only = request(side.engine_prompt, canvas, refresh_interval=32)
-    ours, without_threshold, lean, official, same_mode, equal = [], [], [], [], [], True
+    ours, without_threshold, lean, official, same_mode, hook, equal = [], [], [], [], [], [], True
     side.host.decode([cached])
     for _ in progress(range(max(1, job.repeats - 1)), "N9"):
         run = side.host.decode([cached])
@@ -278,7 +297,15 @@ def measure_cached(side: Side, job: Job, result: Result) -> None:
         without_threshold.append(side.host.decode([cache_only]).time)
         mine = time_lean_loop(side.model, side.prompt, cached_options(canvas, threshold=job.threshold), num_repeats=1)
         same_mode += loop_times(mine)
-        equal &= run.token_ids == [mine.result.final_ids]
+        theirs = time_official_loop(
+            side.model,
+            side.prompt,
+            cached_options(canvas, threshold=job.threshold),
+            num_repeats=1,
+            chunk_rows=OFFICIAL_CHUNK_ROWS,
+        )
+        hook += loop_times(theirs)
+        equal &= run.token_ids == [mine.result.final_ids] == [theirs.result.final_ids]
         lean += loop_times(time_lean_loop(side.model, side.prompt, exact, num_repeats=1, warm_up=False))
         official += time_official(side, job, canvas, canvas, False)
     more = (
@@ -287,6 +314,9 @@ def measure_cached(side: Side, job: Job, result: Result) -> None:
     setting = side.setting(more)
     result.ratio("N9_cached_threshold_vs_official_loop", setting, ours, official, "official loop, exact", 10)
     result.ratio("N9_cached_threshold_vs_lean_loop", setting, ours, lean, "lean loop, exact", 6)
+    result.ratio(
+        "N9_cached_threshold_vs_official_hook_same_mode", setting, ours, hook, "official hook, same mode", None
+    )
     result.ratio("N9_cached_threshold_vs_lean_loop_same_mode", setting, ours, same_mode, "lean loop, same mode", None)
     cached_setting = side.setting(f"canvas {canvas}, refresh 32, no threshold, {canvas} steps")
     result.ratio("N9_cached_vs_lean_loop", cached_setting, without_threshold, lean, "lean loop, exact", None)
