@@ -50,19 +50,6 @@ class WholeSequenceModelConfig(ModelConfig):
         """
         return {} if self.generation_config in ("auto", "vllm") else super().try_get_generation_config()
 
-    def get_diff_sampling_param(self) -> dict[str, Any]:
-        """vLLM's defaults, and the length of a reply for requests that name none: else vLLM fills in all that fits.
-
-        vLLM reads a length named by ``--override-generation-config`` or ``--generation-config FOLDER`` as an upper
-        bound, too; so that one stays.
-        """
-        found = super().get_diff_sampling_param()
-        is_named = "max_new_tokens" in self.override_generation_config or self.generation_config not in ("auto", "vllm")
-        default = getattr(self.hf_config, "default_canvas_length", None)
-        if not is_named and default is not None:
-            found["max_tokens"] = default
-        return found
-
 
 class VerifyConfig(VerifyAndUpdateConfig):
     """Configuration of every family: called by vLLM for each of our architectures."""
@@ -93,7 +80,6 @@ class VerifyConfig(VerifyAndUpdateConfig):
         settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         model_config = vllm_config.model_config
         settings = settings.for_model(model_config.hf_config.num_hidden_layers, model_config.hf_config.family)
-        model_config.hf_config.default_canvas_length = settings.default_canvas_length
         if settings.late_group_start() is not None and not _has_kv_groups(vllm_config):
             logger.info("All layers share one KV cache group: vLLM's manager of several groups is off")
             settings = replace(settings, fastv_kv_groups="one")

@@ -90,5 +90,12 @@ def test_no_named_length_is_the_familys_default_canvas(server):
     reply = server.send(body)
     assert reply["usage"]["completion_tokens"] == 128
     assert reply["kv_transfer_params"]["dvlm"]["denoise_steps"] == 128
-    named = server.send(body | {"max_tokens": 140})
-    assert named["usage"]["completion_tokens"] == 140
+    picture = chat_of("b1_image_steps_eq_gen", ignore_eos=True, vllm_xargs={})
+    del picture["max_tokens"]
+    assert server.send(picture)["usage"]["completion_tokens"] == 128
+    response = {"model": MODEL, "input": "hi", "ignore_eos": True}
+    assert server.http.post("/v1/responses", json=response).json()["usage"]["output_tokens"] == 128
+    # What is named is untouched.
+    assert server.send(body | {"max_tokens": 140})["usage"]["completion_tokens"] == 140
+    named = server.send(body | {"vllm_xargs": {"diffusion_canvas_length": 160, "diffusion_max_steps": 8}})
+    assert named["usage"]["completion_tokens"] == 160
