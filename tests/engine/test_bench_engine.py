@@ -26,6 +26,7 @@ def test_every_figure_of_the_tiny_model(bench_environment, tmp_path):
         official_steps=1,
         canvas_length=8,
         mid_sizes=engine.MID_QUICK,
+        sizes_8b=engine.SIZES_8B_QUICK,
         logit_std=3.6,
         threshold=1.0,
         goldens=str(engine_job.default_goldens()),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vllm_dvlm.bench.checkpoint_files import SIZES_8B
 from vllm_dvlm.bench.counted import LLADA_8B, Generation, Shape, flops, ideal_speedup, keep_ratio_for, work_shares
 
 # The papers' setting, and the shape of `bench pruning`.
@@ -22,6 +23,13 @@ def test_shares_of_the_work():
     assert sum(wide.values()) == pytest.approx(1) and sum(narrow.values()) == pytest.approx(1)
     assert wide["attention"] == pytest.approx(0.12, abs=0.01)
     assert narrow["attention"] > 0.5
+    # The shape that stands for the 8B in the benches, on a prompt of 486, with the official loop's logits.
+    small = Shape(SIZES_8B.hidden, SIZES_8B.layers, SIZES_8B.intermediate, SIZES_8B.vocab_rows, 8, 8)
+    there = work_shares(LLADA_8B, WORK, every_position=True)
+    here = work_shares(small, Generation(486, 423, 32, 16), every_position=True)
+    for part in there:
+        assert here[part] == pytest.approx(there[part], abs=0.02), part
+    assert there["logits"] > wide["logits"]
 
 
 def test_keep_ratio_for_a_saving():

@@ -62,7 +62,7 @@ def fake_result(name, growth):
     return result
 
 
-def test_command_joins_both_models(monkeypatch, tmp_path, capsys):
+def test_command_joins_all_models(monkeypatch, tmp_path, capsys):
     growth = [
         {"grows": what, what: value, "step_ms": 1.5 * value}
         for what in ("canvas", "prompt", "batch")
@@ -82,12 +82,12 @@ def test_command_joins_both_models(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "ms_per" not in printed and "N3_mid: 2" in printed
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written["N3_tiny"] == written["N3_mid"] == 2.0
+    assert written["N3_tiny"] == written["N3_mid"] == written["N3_8b"] == 2.0
     assert written["N1_token_equality"].startswith("not run")
     assert written["peak_rss_gib"] == 1.0 and written["model_mid"] == "small"
     with (tmp_path / "out.csv").open() as file:
         figures = [row["figure"] for row in csv.DictReader(file)]
-    assert figures == ["N3", "N3", "N10", "N10", *["growth"] * 9]
+    assert figures == [*["N3"] * 3, *["N10"] * 3, *["growth"] * 9]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert jobs["tiny"].quick and jobs["tiny"].goldens is None and jobs["tiny"].repeats == 2
 

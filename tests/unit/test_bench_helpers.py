@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from safetensors import safe_open
 
 from vllm_dvlm.bench import baselines, common
-from vllm_dvlm.bench.checkpoint_files import Sizes
+from vllm_dvlm.bench.checkpoint_files import SIZES_8B, Sizes
 from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
+from vllm_dvlm.bench.reference.loops import lean_loop
 from vllm_dvlm.bench.reference.model import ReferenceModel
 
 SIZES = Sizes(hidden=32, layers=2, heads=2, intermediate=48, vision_hidden=16, vision_layers=3)
@@ -39,6 +41,34 @@ def test_random_checkpoint_repeats_and_refuses(model, tmp_path):
         write_random_checkpoint(tmp_path, Sizes(vocab_rows=1000))
     with pytest.raises(ValueError, match="multiple"):
         write_random_checkpoint(tmp_path, Sizes(hidden=30, heads=4))
+
+
+def test_a_small_vocabulary_has_the_same_tokens_at_its_end(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    from vllm_dvlm.bench.checkpoint_files import MIN_VOCAB_ROWS, Ids
+
+    rows = MIN_VOCAB_ROWS
+    ids = Ids(rows)
+    small = ReferenceModel.load(write_random_checkpoint(tmp_path, dataclasses.replace(SIZES, vocab_rows=rows)))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert len(tokenizer) == len(small.text.head) == ids.num_tokens == rows
+    names = {"<|mdm_mask|>": ids.mask, "<|startoftext|>": ids.bos, "<|endoftext|>": ids.eos, "<|eot_id|>": rows - 1}
+    assert tokenizer.convert_tokens_to_ids([*names]) == [*names.values()]
+    assert tokenizer.decode(tokenizer.encode("What is in this image? µ")) == "What is in this image? µ"
+    published = Ids()
+    assert (published.shift, published.mask, published.end_of_turn) == (0, 126336, 126348)
+    assert published.forbidden == (126080, 126081, 126346, 126347)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), dataclasses.replace(SIZES_8B, layers=4)])
+def test_replies_of_random_checkpoints_are_varied(sizes, tmp_path):
+    """Equal tokens say little if one token fills the canvas."""
+    model = ReferenceModel.load(write_random_checkpoint(tmp_path, sizes))
+    prompt = baselines.make_prompt(model, "What is the color of the sky?")
+    for options in (baselines.exact_options(32, 8, ids=sizes.ids), baselines.cached_options(32, ids=sizes.ids)):
+        found = lean_loop(model, prompt, options).final_ids
+        assert len(found) == 32 and len({*found}) >= 10, found
 
 
 def test_both_loops_are_timed_and_agree(model):

@@ -4,9 +4,11 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from PIL import Image
 
+from vllm_dvlm.bench.checkpoint_files import Ids
 from vllm_dvlm.bench.common import fixed_threads, progress
 from vllm_dvlm.bench.reference.loops import LoopOptions, LoopResult, lean_loop, official_loop
 from vllm_dvlm.bench.reference.model import (
@@ -73,9 +75,18 @@ def make_prompt(
     return model.merge(prompt_ids, model.image_features(images, image_aspect_ratio))
 
 
-def exact_options(canvas_length: int, max_steps: int, block_length: int | None = None) -> LoopOptions:
+def _special(ids: Ids) -> dict[str, Any]:
+    return {"stop_ids": (ids.end_of_turn,), "forbidden_ids": ids.forbidden, "mask_id": ids.mask}
+
+
+def exact_options(
+    canvas_length: int,
+    max_steps: int,
+    block_length: int | None = None,
+    ids: Ids = Ids(),  # noqa: B008 - frozen
+) -> LoopOptions:
     """Everything recomputed in every step."""
-    return LoopOptions(canvas_length, max_steps, block_length or canvas_length)
+    return LoopOptions(canvas_length, max_steps, block_length or canvas_length, **_special(ids))
 
 
 def cached_options(
@@ -83,6 +94,7 @@ def cached_options(
     block_length: int | None = None,
     refresh_interval: int = 32,
     threshold: float = 1.0,
+    ids: Ids = Ids(),  # noqa: B008 - frozen
 ) -> LoopOptions:
     """Prefix cache and threshold decoding."""
     block_length = block_length or canvas_length
@@ -92,6 +104,7 @@ def cached_options(
         block_length,
         refresh_interval=refresh_interval,
         threshold=threshold,
+        **_special(ids),
     )
 
 

@@ -4,10 +4,11 @@ Counts, not times: they depend on lengths and pool alone, so a narrow model with
 """
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vllm_dvlm.bench.common import Row, progress, report
-from vllm_dvlm.bench.pruning_job import CACHED, CAPACITY_SIZES, Job, Measured, key_of, measure
+from vllm_dvlm.bench.pruning_job import CACHED, CAPACITY_SIZES, IMAGE, Job, Measured, key_of, measure
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def measure_capacity(job: Job) -> Measured:
     """In the child: more requests than fit, until no further one gets in; then a fixed number of them."""
     from vllm_dvlm.bench.pruning_host import PruningHost
 
+    if not job.quick:
+        job = dataclasses.replace(job, image=IMAGE)  # prompts of the real length, whatever is timed
     prompts = job.pool_prompts
     host = PruningHost(
         job, CAPACITY_SIZES, prompts, max_num_seqs=MAX_NUM_SEQS, batched_prompts=prompts, max_canvas_length=64
@@ -45,7 +48,7 @@ def measure_capacity(job: Job) -> Measured:
     pool, whole = prompts * host.request_blocks, host.request_blocks
     few = max(1, prompts // 4)
     description = host.describe()
-    for name in ("hidden", "layers", "heads", "intermediate"):
+    for name in ("hidden", "layers", "heads", "intermediate", "vocabulary", "image"):
         description[f"capacity_{name}"] = description.pop(name)
     result = Measured(description=description | {"capacity_pool_kv_blocks": pool, "capacity_steps": job.canvas})
     # As many steps as the canvas has positions: the first requests must live until the last one gets in.

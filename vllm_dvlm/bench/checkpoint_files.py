@@ -18,6 +18,7 @@ BOS, EOS, CLS, GMASK = 126080, 126081, 126082, 126083
 MASK, START_HEADER, END_HEADER, EOT = 126336, 126346, 126347, 126348
 VISION_FOLDER = "siglip2-tiny-patch14-384"  # the original loader wants "siglip" in the name
 TILE_SIZE = 384
+MIN_VOCAB_ROWS = 2048  # bytes, known words and special tokens
 
 _SPECIAL_TEXTS = {
     BOS: "<|startoftext|>",
@@ -73,6 +74,47 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
+class Ids:
+    """Ids of the special tokens of a vocabulary with this many rows.
+
+    They are the published ones where those fit. A smaller vocabulary has the same tokens in the same order at its end.
+    """
+
+    vocab_rows: int = VOCAB_ROWS
+
+    @property
+    def shift(self) -> int:
+        """How far below the published ids the special tokens lie."""
+        return max(0, NUM_TOKENS - self.vocab_rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that the tokenizer knows; rows from here on have no text."""
+        return NUM_TOKENS - self.shift
+
+    @property
+    def bos(self) -> int:
+        return BOS - self.shift
+
+    @property
+    def eos(self) -> int:
+        return EOS - self.shift
+
+    @property
+    def mask(self) -> int:
+        return MASK - self.shift
+
+    @property
+    def end_of_turn(self) -> int:
+        return EOT - self.shift
+
+    @property
+    def forbidden(self) -> tuple[int, ...]:
+        """What the model never writes (golden README, point 24)."""
+        return tuple(i - self.shift for i in (BOS, EOS, START_HEADER, END_HEADER))
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Shape of a checkpoint; the defaults are those of the golden runs."""
 
@@ -92,6 +134,17 @@ class Sizes:
     def num_kv_heads(self) -> int:
         return self.kv_heads or self.heads
 
+    @property
+    def ids(self) -> Ids:
+        """Special tokens of a vocabulary of this size."""
+        return Ids(self.vocab_rows)
+
+
+# LLaDA 8B's work on a prompt of 3,700 tokens is 12 % attention and 6 to 7 % logits of every position. A prompt of about
+# 480 has these shares here; the coarse patches make that of a small picture.
+SIZES_8B = Sizes(hidden=512, layers=8, heads=8, intermediate=1536, vocab_rows=4096, patch=24)
+IMAGE_8B = (97, 61)
+
 
 def byte_chars() -> dict[int, str]:
     """Byte -> printable stand-in; in this order the newline gets id 198 and the space 220."""
@@ -104,24 +157,26 @@ def byte_chars() -> dict[int, str]:
 
 
 @functools.cache
-def _vocabulary() -> tuple[str, tuple[int, ...]]:
+def _vocabulary(ids: Ids) -> tuple[str, tuple[int, ...]]:
     """(text of tokenizer.json, ids of the words a random model may say)."""
     table = byte_chars()
     vocab = {char: i for i, char in enumerate(table.values())}
-    fixed, word_ids = set(_FIXED_WORD_IDS.values()), []
-    free = (i for i in range(len(table), BOS) if i not in fixed)
+    fixed_ids = {} if ids.shift else _FIXED_WORD_IDS
+    fixed, word_ids = set(fixed_ids.values()), []
+    first_special = BOS - ids.shift
+    free = (i for i in range(len(table), first_special) if i not in fixed)
     for word in dict.fromkeys([*_WORDS, *_FIXED_WORD_IDS]):
         for text in (word, " " + word):
             piece = "".join(table[byte] for byte in text.encode())
             if piece not in vocab:
-                vocab[piece] = _FIXED_WORD_IDS[text] if text in _FIXED_WORD_IDS else next(free)
+                vocab[piece] = fixed_ids[text] if text in fixed_ids else next(free)
             if text[0] == " " and len(word) > 1:
                 word_ids.append(vocab[piece])
     used = set(vocab.values())
     # Never produced when encoding; they keep len(tokenizer) at the published number.
-    vocab |= {f"<filler_{i}>": i for i in range(BOS) if i not in used}
-    special = dict(_SPECIAL_TEXTS)
-    unnamed = [i for i in range(BOS, NUM_TOKENS) if i not in special]
+    vocab |= {f"<filler_{i}>": i for i in range(first_special) if i not in used}
+    special = {i - ids.shift: text for i, text in _SPECIAL_TEXTS.items()}
+    unnamed = [i for i in range(first_special, ids.num_tokens) if i not in special]
     special |= {i: f"<|reserved_token_{n}|>" for n, i in enumerate(unnamed)}
     # Named tokens first: the order of the vocabulary is part of the recorded file digest.
     vocab |= {text: i for i, text in special.items()}
@@ -174,18 +229,18 @@ def tokenizer_text(vocab: dict[str, int], special: dict[int, str], use_regex: bo
     return json.dumps(tokenizer, ensure_ascii=False)
 
 
-def word_ids() -> list[int]:
+def word_ids(ids: Ids = Ids()) -> list[int]:  # noqa: B008 - frozen
     """Ids of the known words with a leading space, ascending."""
-    return list(_vocabulary()[1])
+    return list(_vocabulary(ids)[1])
 
 
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, ids: Ids = Ids()) -> None:  # noqa: B008 - frozen
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
-    (folder / "tokenizer.json").write_text(_vocabulary()[0], encoding="utf-8")
+    (folder / "tokenizer.json").write_text(_vocabulary(ids)[0], encoding="utf-8")
     names = {
         "bos_token": _SPECIAL_TEXTS[BOS],
         "eos_token": _SPECIAL_TEXTS[EOS],
@@ -215,8 +270,8 @@ def llava_config(sizes: Sizes, torch_dtype: str = "float32") -> dict[str, Any]:
         "model_type": "llava_llada",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
+        "bos_token_id": sizes.ids.bos,
+        "eos_token_id": sizes.ids.eos,
         "hidden_act": "silu",
         "hidden_size": sizes.hidden,
         "initializer_range": 0.02,
@@ -286,8 +341,8 @@ def vision_config(sizes: Sizes, torch_dtype: str = "float32") -> dict[str, Any]:
 def write_configs(folder: Path, sizes: Sizes, torch_dtype: str = "float32") -> None:
     """Write every file of the checkpoint except the weights."""
     (folder / VISION_FOLDER).mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder)
+    write_tokenizer(folder, sizes.ids)
     write_json(folder / "config.json", llava_config(sizes, torch_dtype))
     write_json(folder / VISION_FOLDER / "config.json", vision_config(sizes, torch_dtype))
-    generation = {"bos_token_id": BOS, "eos_token_id": EOS, "transformers_version": "4.43.4"}
+    generation = {"bos_token_id": sizes.ids.bos, "eos_token_id": sizes.ids.eos, "transformers_version": "4.43.4"}
     write_json(folder / "generation_config.json", generation)

@@ -74,11 +74,16 @@ def keep_ratio_for(config: object, work: Generation, saving: float, layer: int) 
     return next(fitting, 0.01)
 
 
-def work_shares(config: Shape, work: Generation) -> dict[str, float]:
-    """Shares of an unpruned generation's multiply-adds: attention, vocabulary logits, and the rest of the layers."""
+def work_shares(config: Shape, work: Generation, every_position: bool = False) -> dict[str, float]:
+    """Shares of an unpruned generation's multiply-adds: attention, vocabulary logits, and the rest of the layers.
+
+    every_position: logits of every position in every step, as the official loop computes them; else of those still
+    masked, as the engine does.
+    """
     length = work.plan.total_len
     layers = work.num_steps * forward_flops(config, length, length)
     attention = work.num_steps * 2 * length * length * config.hidden_size * config.num_hidden_layers
-    logits = work.logits_rows * config.hidden_size * config.vocab_size
+    rows = work.num_steps * length if every_position else work.logits_rows
+    logits = rows * config.hidden_size * config.vocab_size
     total = layers + logits
     return {"attention": attention / total, "logits": logits / total, "rest": (layers - attention) / total}

@@ -1,9 +1,10 @@
 """`vllm-dvlm bench engine`: the engine's figures N1, N2, N3, N4, N9 and N10 in one run on one machine.
 
-Two child processes, one per model size, each with one engine and its baselines; see `engine_measure`.
+Three child processes, one per model, each with one engine and its baselines; see `engine_measure`.
 """
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import tempfile
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dvlm.bench import engine_env
-from vllm_dvlm.bench.checkpoint_files import Sizes
+from vllm_dvlm.bench.checkpoint_files import SIZES_8B, Sizes
 from vllm_dvlm.bench.common import Row, add_output_arguments, format_table, report
 from vllm_dvlm.bench.engine_job import Job, Result, check_goldens, default_goldens
 
 MID = Sizes(hidden=512, layers=8, heads=8, intermediate=1536)
 MID_QUICK = Sizes(hidden=256, layers=4, heads=4, intermediate=768)
+SIZES_8B_QUICK = dataclasses.replace(SIZES_8B, hidden=256, layers=4, heads=4, intermediate=768)
+MODELS = ("8b", "tiny", "mid")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, help="of every timing (default 3, with --quick 2)")
     parser.add_argument("--canvas-length", type=int, default=32, help="of N9")
     parser.add_argument("--threshold", type=float, default=1.0, help="factor of N9")
-    parser.add_argument("--logit-std", type=float, default=6.0, help="spread of the random model's logits in N9")
-    parser.add_argument("--only", choices=("tiny", "mid"), help="one of the two models")
+    parser.add_argument("--logit-std", type=float, default=6.0, help="spread of the random models' logits in N9")
+    parser.add_argument("--only", choices=MODELS, help="one model; 8b: a small one in the proportions of LLaDA 8B")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -40,7 +43,7 @@ def _measure(name: str, job: Job) -> Result:
     """In the child: heavy imports happen here, under the environment that the parent has set."""
     from vllm_dvlm.bench import engine_measure
 
-    return {"tiny": engine_measure.measure_tiny, "mid": engine_measure.measure_mid}[name](job)
+    return getattr(engine_measure, f"measure_{name}")(job)
 
 
 def _run_child(name: str, job: Job) -> Result:
@@ -83,13 +86,14 @@ def run(arguments: argparse.Namespace) -> None:
             official_steps=1 if quick else 2,
             canvas_length=arguments.canvas_length,
             mid_sizes=MID_QUICK if quick else MID,
+            sizes_8b=SIZES_8B_QUICK if quick else SIZES_8B,
             logit_std=arguments.logit_std,
             threshold=arguments.threshold,
             goldens=None if goldens is None else str(goldens),
             quick=quick,
         )
         load_before = os.getloadavg()[0]
-        for name in (arguments.only,) if arguments.only else ("tiny", "mid"):
+        for name in (arguments.only,) if arguments.only else MODELS:
             result = _run_child(name, job)
             rows += result.rows
             growth += result.growth

@@ -23,6 +23,7 @@ class Job:
     official_steps: int  # steps of the official loop that are timed
     canvas_length: int
     mid_sizes: Sizes
+    sizes_8b: Sizes  # small, in the proportions of the 8B model
     logit_std: float
     threshold: float
     goldens: str | None
@@ -40,9 +41,18 @@ class Result:
     peak_rss_bytes: int = 0  # of the process that measured
 
     def ratio(
-        self, key: str, setting: str, ours: Sequence[Time], theirs: Sequence[Time], against: str, target: Any
+        self,
+        key: str,
+        setting: str,
+        ours: Sequence[Time],
+        theirs: Sequence[Time],
+        against: str,
+        target: Any,
+        **more: Any,
     ) -> None:
         """Add a line and a figure: median over interleaved repeats of theirs / ours, in wall time.
+
+        more: further columns.
 
         `<key>_cpu_time` is the same ratio in processor time. The two agree on an idle machine; where others compute
         too, the latter says what the former would be (with one thread; several wait for each other busily).
@@ -64,6 +74,7 @@ class Result:
                 "cpu_time": cpu_ratio,
                 "target": "" if target is None else f">= {target}",
                 "met": "" if target is None else "yes" if self.figures[key] >= target else "NO",
+                **more,
             }
         )
 

@@ -16,7 +16,9 @@ from PIL import Image
 
 from vllm_dvlm.bench import baselines
 from vllm_dvlm.bench.baselines import LoopTiming, cached_options, exact_options, time_lean_loop, time_official_loop
+from vllm_dvlm.bench.checkpoint_files import Ids, Sizes
 from vllm_dvlm.bench.common import describe_run, peak_rss_bytes, progress, rss_bytes
+from vllm_dvlm.bench.counted import Generation, Shape, work_shares
 from vllm_dvlm.bench.engine_host import EngineHost, StepTime, model_shape, request
 from vllm_dvlm.bench.engine_job import Job, Result, Time
 from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
@@ -49,6 +51,7 @@ class Side:
     host: EngineHost
     engine_peak_bytes: int
     model: ReferenceModel
+    ids: Ids
     engine_prompt: dict[str, Any]
     prompt: Prompt
     reference_encode_s: float
@@ -61,21 +64,31 @@ class Side:
         host.run([request(engine_prompt, 4, max_steps=2)] * BATCH)
         engine_peak = peak_rss_bytes()
         model = ReferenceModel.load(folder)
+        ids = Ids(model.config["vocab_size"])
         begin = time.perf_counter()
         model.image_features([image])
         encode_s = time.perf_counter() - begin
         prompt = baselines.make_prompt(model, QUESTION, [image])
-        return cls(name, host, engine_peak, model, engine_prompt, prompt, encode_s)
+        return cls(name, host, engine_peak, model, ids, engine_prompt, prompt, encode_s)
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of figures."""
+        return "" if self.name == "tiny" else f"_{self.name}"
 
     def setting(self, more: str) -> str:
         return f"{self.name}, image prompt of {len(self.prompt.embeddings)}, {more}"
 
     def finish(self, result: Result, job: Job) -> Result:
         """Add what describes the whole process."""
-        suffix = "" if self.name == "tiny" else f"_{self.name}"
+        suffix = self.suffix
         setting = f"{self.name}, engine after {BATCH} image requests together, before baselines are loaded"
         result.value(f"N10_peak_rss_bytes{suffix}", setting, self.engine_peak_bytes)
         result.description = describe_run("float32", job.seed) | {f"model_{self.name}": model_shape(self.model.config)}
+        shape = Shape(*(self.model.config[field.name] for field in dataclasses.fields(Shape)))
+        work = Generation(len(self.prompt.embeddings), 0, 32, 32)
+        for part, share in work_shares(shape, work, every_position=True).items():
+            result.figures[f"work_share_official_{part}_{self.name}"] = share
         result.peak_rss_bytes = peak_rss_bytes()
         return result
 
@@ -90,7 +103,7 @@ def time_official(side: "Side", job: Job, canvas: int, num_steps: int, warm_up: 
 
     Every step of that loop computes every row of the sequence over the whole vocabulary, so all cost the same.
     """
-    options = exact_options(canvas, job.official_steps)
+    options = exact_options(canvas, job.official_steps, ids=side.ids)
     timing = time_official_loop(
         side.model, side.prompt, options, num_repeats=1, chunk_rows=OFFICIAL_CHUNK_ROWS, warm_up=warm_up
     )
@@ -117,16 +130,18 @@ def measure_exact(side: Side, job: Job, canvas: int, num_steps: int, result: Res
         ours.append(run.time)
         steps += run.steps
         loop = time_lean_loop(
-            side.model, side.prompt, exact_options(canvas, num_steps), num_repeats=1, warm_up=repeat == 0
+            side.model, side.prompt, exact_options(canvas, num_steps, ids=side.ids), num_repeats=1, warm_up=repeat == 0
         )
         lean += loop_times(loop)
         equal &= run.token_ids == [loop.result.final_ids]
+        distinct = len({*run.token_ids[0]})
         official += time_official(side, job, canvas, num_steps, repeat == 0)
     setting = side.setting(f"canvas {canvas}, {num_steps} steps")
-    suffix = "" if side.name == "tiny" else f"_{side.name}"
+    suffix, tokens = side.suffix, {"tokens_equal": equal, "distinct": f"{distinct} of {canvas}"}
     result.ratio(f"N3_exact_batch1_vs_official_loop{suffix}", setting, ours, official, "official loop", 1.1)
-    result.ratio(f"N3_exact_batch1_vs_lean_loop{suffix}", setting, ours, lean, "lean loop", 0.95)
+    result.ratio(f"N3_exact_batch1_vs_lean_loop{suffix}", setting, ours, lean, "lean loop", 0.95, **tokens)
     result.figures[f"N3_tokens_equal_lean_loop{suffix}"] = equal
+    result.figures[f"N3_distinct_tokens{suffix}"] = distinct
     result.figures[f"N3_image_encoding_engine_s{suffix}"] = side.host.encode_s
     result.figures[f"N3_image_encoding_reference_s{suffix}"] = side.reference_encode_s
     return steps
@@ -245,11 +260,20 @@ def measure_tiny(job: Job) -> Result:
     return side.finish(result, job)
 
 
+def measure_8b(job: Job) -> Result:
+    """N3, N4 and N9 in the proportions of the 8B model."""
+    return _measure_wide("8b", job.sizes_8b, job)
+
+
 def measure_mid(job: Job) -> Result:
-    """N3, N4 and N9 on a model whose forward dominates."""
+    """N3, N4 and N9 on a model whose forward dominates, with the real vocabulary."""
+    return _measure_wide("mid", job.mid_sizes, job)
+
+
+def _measure_wide(name: str, sizes: Sizes, job: Job) -> Result:
     result = Result()
-    folder = write_random_checkpoint(Path(job.workdir) / "mid", job.mid_sizes, seed=job.seed, logit_std=job.logit_std)
-    side = Side.start("mid", folder, make_image(97, 61, job.seed), max_num_seqs=BATCH)
+    folder = write_random_checkpoint(Path(job.workdir) / name, sizes, seed=job.seed, logit_std=job.logit_std)
+    side = Side.start(name, folder, make_image(97, 61, job.seed), max_num_seqs=BATCH)
     measure_exact(side, job, 16, 4, result)
     measure_cached(side, job, result)
     text = text_prompt(8)
@@ -260,8 +284,8 @@ def measure_mid(job: Job) -> Result:
     }
     for suffix, (how, options, target) in settings.items():
         work = [request(text, 32, **options)] * BATCH
-        key = "N4_batch8_vs_sequential_saturated" + suffix
-        measure_batch(side.host, key, f"mid, text prompt, canvas 32, {how}", work, job.repeats, target, result)
+        key = f"N4_batch8_vs_sequential_{'saturated' if name == 'mid' else name}{suffix}"
+        measure_batch(side.host, key, f"{name}, text prompt, canvas 32, {how}", work, job.repeats, target, result)
     measure_pictures(side, job, result)
     return side.finish(result, job)
 
@@ -275,10 +299,11 @@ def measure_pictures(side: Side, job: Job, result: Result) -> None:
             {"refresh_interval": 32, "threshold": job.threshold},
         ),
     }
+    own = "" if side.name == "mid" else side.suffix
     for name, (how, options) in settings.items():
         for count in (2, 4, BATCH):
             work = [request(side.engine_prompt, 32, **options)] * count
-            key = f"N4_pictures_{name}_batch{count}_vs_sequential"
+            key = f"N4_pictures_{name}_batch{count}_vs_sequential{own}"
             setting = side.setting(f"{count} at once, canvas 32, {how}")
             measure_batch(side.host, key, setting, work, max(1, job.repeats - 1), 1.0, result)
 
@@ -286,7 +311,8 @@ def measure_pictures(side: Side, job: Job, result: Result) -> None:
 def measure_cached(side: Side, job: Job, result: Result) -> None:
     """N9: prefix cache and threshold against the exact loops, which need one step per token, and against loops of the
     same mode: the official hook's arithmetic (whole vocabulary of every processed position) and the lean one's."""
-    canvas, exact = job.canvas_length, exact_options(job.canvas_length, job.canvas_length)
+    canvas, exact = job.canvas_length, exact_options(job.canvas_length, job.canvas_length, ids=side.ids)
+    same = cached_options(canvas, threshold=job.threshold, ids=side.ids)
     cached = request(side.engine_prompt, canvas, refresh_interval=32, threshold=job.threshold)
     cache_only = request(side.engine_prompt, canvas, refresh_interval=32)
     ours, without_threshold, lean, official, same_mode, hook, equal = [], [], [], [], [], [], True
@@ -295,30 +321,31 @@ def measure_cached(side: Side, job: Job, result: Result) -> None:
         run = side.host.decode([cached])
         ours.append(run.time)
         without_threshold.append(side.host.decode([cache_only]).time)
-        mine = time_lean_loop(side.model, side.prompt, cached_options(canvas, threshold=job.threshold), num_repeats=1)
+        mine = time_lean_loop(side.model, side.prompt, same, num_repeats=1)
         same_mode += loop_times(mine)
-        theirs = time_official_loop(
-            side.model,
-            side.prompt,
-            cached_options(canvas, threshold=job.threshold),
-            num_repeats=1,
-            chunk_rows=OFFICIAL_CHUNK_ROWS,
-        )
+        theirs = time_official_loop(side.model, side.prompt, same, num_repeats=1, chunk_rows=OFFICIAL_CHUNK_ROWS)
         hook += loop_times(theirs)
         equal &= run.token_ids == [mine.result.final_ids] == [theirs.result.final_ids]
+        distinct = len({*run.token_ids[0]})
         lean += loop_times(time_lean_loop(side.model, side.prompt, exact, num_repeats=1, warm_up=False))
         official += time_official(side, job, canvas, canvas, False)
     more = (
         f"canvas {canvas}, refresh 32, threshold {job.threshold:g}, {len(run.steps)} steps, logit_std {job.logit_std:g}"
     )
-    setting = side.setting(more)
-    result.ratio("N9_cached_threshold_vs_official_loop", setting, ours, official, "official loop, exact", 10)
-    result.ratio("N9_cached_threshold_vs_lean_loop", setting, ours, lean, "lean loop, exact", 6)
-    result.ratio(
-        "N9_cached_threshold_vs_official_hook_same_mode", setting, ours, hook, "official hook, same mode", None
-    )
-    result.ratio("N9_cached_threshold_vs_lean_loop_same_mode", setting, ours, same_mode, "lean loop, same mode", None)
+    setting, suffix = side.setting(more), "" if side.name == "mid" else side.suffix
+    for against, times, target in (
+        ("official_loop", official, 10),
+        ("lean_loop", lean, 6),
+        ("official_hook_same_mode", hook, None),
+        ("lean_loop_same_mode", same_mode, None),
+    ):
+        words = against.replace("_same", ", same") if "same" in against else against + ", exact"
+        tokens = {"tokens_equal": equal, "distinct": f"{distinct} of {canvas}"} if "same" in against else {}
+        key = f"N9_cached_threshold_vs_{against}{suffix}"
+        target = target if side.name == "mid" else None
+        result.ratio(key, setting, ours, times, words.replace("_", " "), target, **tokens)
     cached_setting = side.setting(f"canvas {canvas}, refresh 32, no threshold, {canvas} steps")
-    result.ratio("N9_cached_vs_lean_loop", cached_setting, without_threshold, lean, "lean loop, exact", None)
-    result.figures["N9_tokens_equal_lean_loop_same_mode"] = equal
-    result.figures["N9_num_denoise_steps"] = len(run.steps)
+    result.ratio(f"N9_cached_vs_lean_loop{suffix}", cached_setting, without_threshold, lean, "lean loop, exact", None)
+    result.figures[f"N9_tokens_equal_lean_loop_same_mode{suffix}"] = equal
+    result.figures[f"N9_distinct_tokens{suffix}"] = distinct
+    result.figures[f"N9_num_denoise_steps{suffix}"] = len(run.steps)

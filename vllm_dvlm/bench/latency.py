@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MODULE = "vllm_dvlm.bench.latency"
 PARTS = ((MODULE, "measure_steps"), (MODULE, "measure_two_groups"))
+REAL_PROMPT, REAL_VISUAL = 3729, 3669  # tokens of a question about one large picture
 FASTV_REDUCTION = 0.65  # counted FLOPs that N6 asks to save
 
 
@@ -55,12 +56,16 @@ def fastv_ratio(host: "PruningHost") -> float:
 
 
 def counted_at_8b(host: "PruningHost") -> Row:
-    """Figures of the same request by count at LLaDA-V 8B's sizes, where attention is a smaller part of the work."""
-    work, layer = generation(host), LLADA_8B.num_hidden_layers // 2
-    figures: Row = {f"N5_ideal_{key_of(keep)}_counted_8b": ideal_speedup(LLADA_8B, work, keep) for keep in (0.5, 0.25)}
-    figures["N6_keep_for_65_percent_counted_8b"] = keep_ratio_for(LLADA_8B, work, FASTV_REDUCTION, layer)
-    shares = {"8b": work_shares(LLADA_8B, work), "here": work_shares(host.runner.model_config.hf_config, work)}
-    return figures | {f"work_share_{part}_{name}": x for name, found in shares.items() for part, x in found.items()}
+    """Figures by count at LLaDA-V 8B's sizes and a prompt of real length, and shares of the work there and here."""
+    here, layer = generation(host), LLADA_8B.num_hidden_layers // 2
+    real = dataclasses.replace(here, prompt_len=REAL_PROMPT, num_visual=REAL_VISUAL)
+    figures: Row = {f"N5_ideal_{key_of(keep)}_counted_8b": ideal_speedup(LLADA_8B, real, keep) for keep in (0.5, 0.25)}
+    figures["N6_keep_for_65_percent_counted_8b"] = keep_ratio_for(LLADA_8B, real, FASTV_REDUCTION, layer)
+    for name, config, work in (("8b", LLADA_8B, real), ("here", host.runner.model_config.hf_config, here)):
+        figures |= {f"work_share_{part}_{name}": share for part, share in work_shares(config, work).items()}
+        official = work_shares(config, work, every_position=True)
+        figures[f"work_share_logits_of_every_position_{name}"] = official["logits"]
+    return figures
 
 
 def take_turns(host: "PruningHost", settings: list[Setting], label: str) -> dict[Setting, list["Run"]]:

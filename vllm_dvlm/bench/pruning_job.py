@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Protocol
 
 from vllm_dvlm.bench import engine_env
-from vllm_dvlm.bench.checkpoint_files import Sizes
+from vllm_dvlm.bench.checkpoint_files import IMAGE_8B, SIZES_8B, Sizes
 from vllm_dvlm.bench.common import Row, add_output_arguments
 from vllm_dvlm.pruning.names import METHODS
 
@@ -22,6 +22,7 @@ QUICK_SIZES = Sizes(hidden=64, layers=4, heads=2, intermediate=128)
 CAPACITY_SIZES = Sizes(hidden=64, layers=2, heads=2, intermediate=128)
 
 IMAGE, QUICK_IMAGE = (800, 1000), (360, 70)  # 3,669 and about 900 visual tokens
+SHAPES = {"8b": (SIZES_8B, IMAGE_8B), "long": (SIZES, IMAGE)}
 KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25, 0.1)
 CACHED = 32  # refresh interval of the cached setting
 
@@ -35,6 +36,7 @@ class Job:
 
     workdir: str
     quick: bool
+    shape: str  # of `SHAPES`; the quick sizes have none
     threads: int
     seed: int
     repeats: int
@@ -67,14 +69,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that `bench latency`, `throughput`, `capacity` and `pruning` have in common."""
     add_output_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="tiny model, small image, two repeats")
+    parser.add_argument(
+        "--shape",
+        choices=sorted(SHAPES),
+        default="8b",
+        help="8b: a small model and prompt in the proportions of LLaDA 8B's work; long: a narrow model with a prompt "
+        "of real length, most of whose work is attention",
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, help="of every timing (default 3, with --quick 2)")
     parser.add_argument("--method", choices=sorted(METHODS), default="redvtp", help="pruning method")
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=list(KEEP_RATIOS), metavar="RATIO")
     parser.add_argument("--canvas-length", type=int, default=32)
     parser.add_argument("--steps", type=int, default=16, help="denoising steps of the canvas")
-    parser.add_argument("--hidden", type=int, help=f"width of the model (default {SIZES.hidden})")
-    parser.add_argument("--layers", type=int, help=f"of the model (default {SIZES.layers})")
+    parser.add_argument("--hidden", type=int, help="width of the model")
+    parser.add_argument("--layers", type=int, help="of the model")
     parser.add_argument("--pool-prompts", type=int, help="KV pool of `capacity` in unpruned requests (default 24)")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -87,7 +96,7 @@ def job_of(arguments: argparse.Namespace, workdir: str) -> Job:
     if any(not 0 < ratio <= 1 for ratio in arguments.keep_ratios):
         raise ValueError("--keep-ratios must lie in (0, 1].")
     quick = arguments.quick
-    sizes = QUICK_SIZES if quick else SIZES
+    sizes, image = (QUICK_SIZES, QUICK_IMAGE) if quick else SHAPES[arguments.shape]
     if arguments.hidden is not None:
         if arguments.hidden < 64 or arguments.hidden % 64:
             raise ValueError("--hidden must be a multiple of 64.")
@@ -100,6 +109,7 @@ def job_of(arguments: argparse.Namespace, workdir: str) -> Job:
     return Job(
         workdir=workdir,
         quick=quick,
+        shape="quick" if quick else arguments.shape,
         threads=arguments.threads,
         seed=arguments.seed,
         repeats=arguments.repeats or (2 if quick else 3),
@@ -109,7 +119,7 @@ def job_of(arguments: argparse.Namespace, workdir: str) -> Job:
         canvas=arguments.canvas_length,
         num_steps=arguments.steps,
         sizes=sizes,
-        image=QUICK_IMAGE if quick else IMAGE,
+        image=image,
         pool_prompts=arguments.pool_prompts or (6 if quick else 24),
         throughput_prompts=4,
         concurrency=(1, 4, 16),
@@ -148,6 +158,7 @@ def measure(arguments: argparse.Namespace, parts: Sequence[tuple[str, str]]) -> 
             "repeats": job.repeats,
             "method": job.method,
             "mode": "quick" if job.quick else "full",
+            "shape": job.shape,
         }
     return job, results
 

@@ -5,7 +5,9 @@
 Speed depends on shapes, not on trained values, so benches need no download. Weights follow the
 tests' tiny checkpoint: channel 0 of the residual stream is a constant that no layer writes, so
 column 0 of lm_head is a bias per token. Known words are likely; stop and mask token are practically
-never said, so that every run has its full length.
+never said, so that every run has its full length. Replies are varied, or equal tokens would say little: all masked
+positions have the same embedding, so sharp attention scores, which depend on the place, and strong layers tell them
+apart.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from vllm_dvlm.bench import checkpoint_files as files
 from vllm_dvlm.bench.checkpoint_files import Sizes
 
 CONSTANT = 3.0  # value of residual channel 0
+SCORE_GAIN = 4.0  # of queries and of keys: attention scores of std 16, so a row looks at few others
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
 
@@ -51,18 +54,18 @@ class _Draws(dict[str, torch.Tensor]):
 def _add_text(t: _Draws, sizes: Sizes) -> None:
     width, inner = sizes.hidden, sizes.intermediate
     embedding = t.normal("model.embed_tokens.weight", (sizes.vocab_rows, width), 1.0)
-    embedding[files.MASK] *= 0.3  # let the context decide at masked places
+    embedding[sizes.ids.mask] *= 0.5  # let the context decide at masked places
     embedding[:, 0] = CONSTANT
     gain = min(1.0, (4 / sizes.layers) ** 0.5)  # the residual stream grows with the number of layers
     for i in range(sizes.layers):
         layer = f"model.layers.{i}."
-        t.linear(layer + "self_attn.q_proj", width, width, 2.0)  # scores of std 4: some rows are looked at more
-        t.linear(layer + "self_attn.k_proj", width, width, 2.0)
+        t.linear(layer + "self_attn.q_proj", width, width, SCORE_GAIN)
+        t.linear(layer + "self_attn.k_proj", width, width, SCORE_GAIN)
         t.linear(layer + "self_attn.v_proj", width, width)
         t.linear(layer + "self_attn.o_proj", width, width, 2.0 * gain)[0] = 0
         t.linear(layer + "mlp.gate_proj", inner, width)
         t.linear(layer + "mlp.up_proj", inner, width)
-        t.linear(layer + "mlp.down_proj", width, inner, gain)[0] = 0
+        t.linear(layer + "mlp.down_proj", width, inner, 3.0 * gain)[0] = 0
         t.norm(layer + "input_layernorm", width)
         t.norm(layer + "post_attention_layernorm", width)
     t.norm("model.norm", width)
@@ -71,10 +74,10 @@ def _add_text(t: _Draws, sizes: Sizes) -> None:
 def _add_output_head(t: _Draws, sizes: Sizes, logit_std: float) -> None:
     rows = sizes.vocab_rows
     scale, bias = torch.full((rows, 1), 0.15), torch.full((rows,), -16.0)
-    words = files.word_ids()
+    words, ids = files.word_ids(sizes.ids), sizes.ids
     scale[words], bias[words] = logit_std, 0.0
-    bias[[files.EOT, files.MASK]] = -40.0
-    bias[files.NUM_TOKENS :] = -40.0  # rows the tokenizer has no id for
+    bias[[ids.end_of_turn, ids.mask]] = -40.0
+    bias[ids.num_tokens :] = -40.0  # rows the tokenizer has no id for
     head = t.linear("lm_head", rows, sizes.hidden)
     head *= scale
     head[:, 0] = bias
@@ -127,11 +130,11 @@ def write_random_checkpoint(
         logit_std: spread of the known words' logits; a higher one is more confident, so that
             threshold decoding commits more.
 
-    Raises ValueError if the vocabulary is smaller than the tokenizer or a width does not fit its
+    Raises ValueError if the vocabulary is smaller than the tokenizer needs or a width does not fit its
     heads.
     """
-    if sizes.vocab_rows < files.NUM_TOKENS:
-        raise ValueError(f"vocab_rows must be at least {files.NUM_TOKENS}: the mask token's id lies there.")
+    if sizes.vocab_rows < files.MIN_VOCAB_ROWS:
+        raise ValueError(f"vocab_rows must be at least {files.MIN_VOCAB_ROWS}: bytes, words and special tokens.")
     for width, heads in (
         (sizes.hidden, 2 * sizes.heads),
         (sizes.vision_hidden, sizes.vision_heads),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_dvlm.bench.checkpoint_files import Ids
 from vllm_dvlm.bench.reference.model import (
     AttentionProbe,
     ConcatKVCache,
@@ -20,8 +21,8 @@ from vllm_dvlm.bench.reference.model import (
 )
 from vllm_dvlm.denoise.confidence import greedy_low_confidence
 
-MASK_ID, EOT_ID = 126336, 126348
-FORBIDDEN_IDS = (126080, 126081, 126346, 126347)  # point 24
+PUBLISHED = Ids()
+MASK_ID, EOT_ID, FORBIDDEN_IDS = PUBLISHED.mask, PUBLISHED.end_of_turn, PUBLISHED.forbidden
 
 
 @dataclass(frozen=True)
