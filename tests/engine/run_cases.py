@@ -23,16 +23,17 @@ NOISE = {"temperature": 0.8, "seed": 3}
 NOISY_OPTIONS = {"diffusion_remasking": "random"}
 
 
-def run(model, out, environment=None, **job):
+def run(model, out, environment=None, python=sys.executable, root=ROOT, **job):
     """What a process of its own wrote to ``out``; no environment variable of vLLM is set there.
 
-    model: folder or hub name. environment: variables for the process. job: see the module.
+    model: folder or hub name. environment: variables for the process. python, root: of another installation, and where
+    it finds the tests. job: see the module.
     """
     job["engine"] = ENGINE | job["engine"]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.run_cases", str(model), str(out), json.dumps(job)],
-        cwd=ROOT,
+        [str(python), "-m", "tests.engine.run_cases", str(model), str(out), json.dumps(job)],
+        cwd=root,
         env=inherited | (environment or {}),
         capture_output=True,
         text=True,

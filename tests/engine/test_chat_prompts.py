@@ -10,15 +10,15 @@ from PIL import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
 
-from tests.engine import front_ends
-from tests.engine.front_ends import chat, front_end_of, images_of, load, render, same_as
+from tests.engine import prompt_rendering
+from tests.engine.prompt_rendering import chat, front_end_of, images_of, load, render, same_as
 from vllm_dvlm.bench import checkpoint_files as files
 
 
 @pytest.fixture(scope="module")
 def front_end(tmp_path_factory):
     """Of a checkpoint whose tokenizer files bring LLaDA's text-only chat template, as those of the release do."""
-    front_ends.register()
+    prompt_rendering.register()
     made = front_end_of(tmp_path_factory.mktemp("tiny"))
     yield made
     made.shutdown()

@@ -1,5 +1,6 @@
 """Many requests in one engine: arriving, finishing, aborting, preempted, sharing budget, memory and caches."""
 
+import itertools
 import random
 
 import pytest
@@ -225,6 +226,69 @@ def test_refreshes_that_coincide_take_turns(engine, monkeypatch):
         assert list(output.outputs[0].token_ids) == list(alone[name[:-1]].outputs[0].token_ids)
         shapes = [[step["query_len"] for step in engine.trace(i)["steps"]] for i in (name, name[:-1])]
         assert shapes[0] == shapes[1]
+
+
+def test_who_is_held_back_is_next_and_nobody_gets_in_before(engine, monkeypatch):
+    """Refreshes of two groups coincide beyond the budget while new requests keep coming."""
+    engine.use({"seed": 0})
+    early, late = request(CACHED), request(CACHED, extra_args={"diffusion_refresh_interval": 3})
+    scheduler, schedule = engine.scheduler, engine.scheduler.schedule
+    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", scheduler.max_model_len)
+    held_at = []
+
+    def watched(*args, **kwargs):
+        # Finished requests have left by now: what runs is what the scheduler looks at, oldest first.
+        running = [(r.request_id, r.num_tokens_with_spec - r.num_computed_tokens) for r in scheduler.running]
+        num_waiting = len(scheduler.waiting)
+        output = schedule(*args, **kwargs)
+        fitting, budget = [], scheduler.max_num_scheduled_tokens
+        for name, need in running:
+            if need <= budget:
+                fitting.append(name)
+                budget -= need
+        scheduled, before = [*output.num_scheduled_tokens], {name for name, _ in running}
+        assert [name for name in scheduled if name in before] == fitting
+        held = before.difference(fitting)
+        if held:
+            assert before.issuperset(scheduled), "admitted although somebody had to wait"
+        held_at.append((held, num_waiting))
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", watched)
+    for name, (prompt, params) in {f"early{i}": early for i in range(3)}.items():
+        engine.add(name, prompt, params)
+    coming = iter([(f"late{i}", late) for i in range(3)] + [(f"text{i}", request(TEXT)) for i in range(40)])
+
+    def one_more():
+        for name, (prompt, params) in itertools.islice(coming, 1):
+            engine.add(name, prompt, params)
+
+    outputs = engine.finish(one_more)
+    engine.assert_idle()
+    assert len(outputs) >= 6
+    assert any(held and num_waiting for held, num_waiting in held_at), "nobody had to wait beside newcomers"
+    for (held, _), (held_next, _) in itertools.pairwise(held_at):
+        assert not held & held_next, "waited for more than one step"
+
+
+def test_holding_back_is_linear(engine, monkeypatch):
+    """Every running request is looked at once, however many there are."""
+    looked_at = []
+
+    class Running:
+        num_computed_tokens, next_decode_eligible_step = 0, 0
+
+        @property
+        def num_tokens_with_spec(self):
+            looked_at.append(self)
+            return 1000
+
+    many = [Running() for _ in range(500)]
+    monkeypatch.setattr(engine.scheduler, "running", many)
+    assert engine.scheduler._hold_back_what_does_not_fit()
+    assert looked_at == many
+    held = [r for r in many if r.next_decode_eligible_step == engine.scheduler.current_step + 2]
+    assert held == many[engine.scheduler.max_num_scheduled_tokens // 1000 :]
 
 
 def test_requests_that_do_not_fit_the_kv_pool_wait(engine):

