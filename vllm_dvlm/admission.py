@@ -18,15 +18,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from vllm_dvlm.errors import InvalidRequest
 from vllm_dvlm.option_checks import shown
-from vllm_dvlm.params import (
-    RESUME_KEY,
-    VLLM_EXTRA_ARGS,
-    ResolvedParams,
-    ServerSettings,
-    Space,
-    check_lengths,
-    resolve,
-)
+from vllm_dvlm.options import OWN_KEYS, VLLM_EXTRA_ARGS
+from vllm_dvlm.placement import MASKED, ResolvedParams, Texts, check_lengths, place, read
 from vllm_dvlm.pruning import create
 from vllm_dvlm.sampling_parameters import (
     CHARACTERS_PER_TOKEN,
@@ -40,6 +33,7 @@ from vllm_dvlm.sampling_parameters import (
     Spelling,
     asks_for_nothing,
 )
+from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.stream_status import note_admission
 
 if TYPE_CHECKING:
@@ -54,13 +48,13 @@ _PREFIX = "Options_"
 def check_sampling_params(
     params: SamplingParams,
     settings: ServerSettings,
-    space: Space | None = None,
+    room: int | None = None,
     spelling: Spelling = OWN_NAMES,
     limits: PromptLimits | None = None,
 ) -> ResolvedParams:
     """InvalidRequest naming the parameter and the remedy, for what is wrong whatever the prompt says.
 
-    space: what the prompt leaves; None if the prompt is not known.
+    room: the model's positions behind the prompt; None if the prompt is not known.
     spelling: the names that the request's API has for parameters.
     limits: knows the ids with a role in decoding; None if no renderer of ours has been made in this process.
     Returns what the options come to.
@@ -82,7 +76,9 @@ def check_sampling_params(
     _check_stops(params, limits)
     _check_extra_args(params.extra_args or {}, settings)
     with _refusals():
-        resolved = resolve(params.extra_args, params.max_tokens, settings, space)
+        asked = read(params.extra_args, settings)
+        texts = Texts() if limits is None else asked.texts(limits.encode, limits.mask_token_id)
+        resolved = place(asked, params.max_tokens, settings, room, texts)
         options = resolved.options
         if options.prune_method != "none":
             # A method of a third party says for itself which rows it takes.
@@ -143,15 +139,17 @@ def _check_stops(params: SamplingParams, limits: PromptLimits | None) -> None:
 
 def _check_extra_args(extra_args: Mapping[str, Any], settings: ServerSettings) -> None:
     """Bounds of texts, before anybody tokenizes them, and keys that are none of our options."""
-    suffix, most = extra_args.get("diffusion_suffix"), CHARACTERS_PER_TOKEN * settings.max_canvas_length
-    if isinstance(suffix, str) and len(suffix) > most:
-        raise InvalidRequest(
-            f"diffusion_suffix has {len(suffix)} characters; use at most {most}, and no more tokens than fit behind "
-            f"the canvas into max_canvas_length {settings.max_canvas_length}",
-            parameter="diffusion_suffix",
-        )
-    if RESUME_KEY in extra_args:
-        raise InvalidRequest(f"{RESUME_KEY} is not an option; remove it", parameter=RESUME_KEY)
+    most = CHARACTERS_PER_TOKEN * settings.max_canvas_length
+    for key, place_of in (("diffusion_suffix", "behind the canvas into"), ("diffusion_draft", "into")):
+        value = extra_args.get(key)
+        if isinstance(value, str) and len(value) > most:
+            raise InvalidRequest(
+                f"{key} has {len(value)} characters; use at most {most}, and no more tokens than fit {place_of} "
+                f"max_canvas_length {settings.max_canvas_length}",
+                parameter=key,
+            )
+    for key in OWN_KEYS & extra_args.keys():
+        raise InvalidRequest(f"{key} is not an option; remove it", parameter=key)
     for key in ("kv_transfer_params", "ec_transfer_params"):
         if key in extra_args:
             raise InvalidRequest(
@@ -206,10 +204,6 @@ class PromptLimits:
         """The token of an undecided position."""
         return self.token_ids.mask_token_id
 
-    def space(self, prompt_len: int) -> Space:
-        """What a prompt of this length leaves for canvas and suffix."""
-        return Space(self.max_model_len - prompt_len, lambda text: len(self.encode(text)) if text else 0)
-
     def role_of(self, token_id: int) -> str | None:
         """What keeps an id out of every reply; None for ids that a reply may contain."""
         ids = self.token_ids
@@ -260,8 +254,8 @@ def _check_request(engine_input: Mapping[str, Any], params: SamplingParams | Poo
     limits: PromptLimits | None = engine_input.get(PROMPT_LIMITS_KEY) or _limits.get(noted[1])
     spelling: Spelling = engine_input.get(SPELLING_KEY, OWN_NAMES)
     token_ids = engine_input.get("prompt_token_ids")
-    space = limits.space(len(token_ids)) if limits is not None and token_ids else None
-    resolved = check_sampling_params(params, noted[1], space, spelling, limits)
+    room = limits.max_model_len - len(token_ids) if limits is not None and token_ids else None
+    resolved = check_sampling_params(params, noted[1], room, spelling, limits)
     if limits is not None:
         _check_prompt(token_ids, resolved, limits, params, spelling)
 
@@ -281,11 +275,16 @@ def _check_prompt(
         raise InvalidRequest(
             "the prompt contains the mask token, which marks positions to be filled; remove it", parameter="prompt"
         )
-    suffix = limits.encode(resolved.options.diffusion_suffix) if resolved.options.diffusion_suffix else []
     for token_id, what in ((limits.mask_token_id, "mask token"), (limits.image_token_id, "placeholder of images")):
-        if token_id in suffix:
+        if token_id in resolved.texts.suffix_ids:
             raise InvalidRequest(f"diffusion_suffix must not contain the {what}", parameter="diffusion_suffix")
-    problem = check_lengths(resolved.plan(len(token_ids), len(suffix)), limits.max_model_len, limits.settings)
+    for token_id in resolved.texts.draft:
+        if token_id == limits.image_token_id or (token_id != MASKED and token_id >= limits.token_ids.num_tokens):
+            raise InvalidRequest(
+                f"diffusion_draft contains id {token_id}, {limits.role_of(token_id)}; remove it",
+                parameter="diffusion_draft",
+            )
+    problem = check_lengths(resolved.plan(len(token_ids)), limits.max_model_len, limits.settings)
     if problem is not None:
         sent = [name for name in ("diffusion_canvas_length", "diffusion_suffix") if name in (params.extra_args or {})]
         parameter = next(iter(sent), spelling.max_tokens)

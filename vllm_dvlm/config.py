@@ -16,7 +16,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_dvlm import upstream_settings
-from vllm_dvlm.params import ServerSettings, resolve
+from vllm_dvlm.placement import resolve
+from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.upstream_settings import SCHEDULER, VALIDATOR_PREFIX
 
 if TYPE_CHECKING:

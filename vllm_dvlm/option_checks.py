@@ -74,6 +74,23 @@ def text(key: str, value: Any) -> str:
     return value
 
 
+# Far above any canvas, so that an error can say what is wrong before anybody looks at every id.
+MOST_IDS = 2**16
+
+
+def draft(key: str, value: Any) -> str | tuple[int, ...]:
+    """Text, or token ids as a list."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return text(key, value)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{key} must be text or a list of token ids, not {shown(value)}")
+    if len(value) > MOST_IDS:
+        raise ValueError(f"{key} has {len(value)} token ids; it must fit the canvas")
+    return tuple(integer(f"{key}: a token id", i, 0) for i in value)
+
+
 def switch(key: str, value: Any) -> int:
     """0 or 1."""
     if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):

@@ -22,7 +22,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_dvlm.kv.groups import set_removed
 from vllm_dvlm.kv.release import release_tail
-from vllm_dvlm.params import RESUME_KEY, ServerSettings, Space, check_lengths, resolve
+from vllm_dvlm.options import PLACED_KEY, RESUME_KEY
+from vllm_dvlm.placement import check_lengths, place, read
+from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.terms import LOST, Plan, Position, Resume, Step, advance, restart_position, step_at, step_flops
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ class DiffusionRequest(Request):
         self.pruned_plan = self.first_pruned_plan = pruned_plan
         self.prune_layers = prune_layers
         self.report = dict.fromkeys(("denoise_steps", "forward_tokens_full", "forward_tokens_cached", "flops"), 0)
-        self.move_to(Position())
+        self.move_to(plan.start)
         self.restarts = False
         self.needs_encoder = True
         self.suffix_ids = []
@@ -189,11 +191,11 @@ class DiffusionScheduler(Scheduler):
             # The end of a streamed input is a request of the same id that looks like any other.
             self._streamed.append(request.request_id)
             raise ValueError("a canvas sees the whole prompt: send it at once, not as a stream of inputs")
-        space = Space(self.max_model_len - request.num_prompt_tokens, lambda text: len(self._suffix_ids(text)))
-        resolved = resolve(params.extra_args, params.max_tokens, self.settings, space)
-        suffix_ids = self._suffix_ids(resolved.options.diffusion_suffix)
-        suffix_len = len(suffix_ids)
-        plan = resolved.plan(request.num_prompt_tokens, suffix_len)
+        asked = read(params.extra_args, self.settings)
+        texts = asked.texts(self._encode, self.hf_config.mask_token_id)
+        room = self.max_model_len - request.num_prompt_tokens
+        resolved = place(asked, params.max_tokens, self.settings, room, texts)
+        plan = resolved.plan(request.num_prompt_tokens)
         problem = check_lengths(plan, self.max_model_len, self.settings)
         if problem is not None:
             raise ValueError(problem)
@@ -203,12 +205,13 @@ class DiffusionScheduler(Scheduler):
         request.start(plan, resolved.pruned_plan(plan, num_visual), resolved.prune_after_layers(num_layers))
         self._allocate_pruned(request)
         request.report["visual_tokens_before"] = request.report["visual_tokens_after"] = num_visual
-        request.max_tokens = resolved.max_new_tokens(suffix_len)
-        request.suffix_ids = suffix_ids if resolved.emits_suffix else []
+        request.max_tokens = resolved.max_new_tokens
+        request.suffix_ids = list(texts.suffix_ids) if resolved.emits_suffix else []
         if not params.ignore_eos:
             # vLLM knows one end token per tokenizer, <|endoftext|>, which diffusion decoding never produces.
             params._eos_token_id = self.hf_config.end_of_turn_token_id
         request.stop_ids = {params.eos_token_id, *(params.stop_token_ids or ())}
+        self._tell_worker(request, PLACED_KEY, resolved.to_mapping())
         self.counters["canvas_positions"] += plan.canvas_len
         self.counters["visual_tokens"] += num_visual
 
@@ -218,11 +221,17 @@ class DiffusionScheduler(Scheduler):
             removed = request.plan.total_len - request.pruned_plan.total_len
             set_removed(self.kv_cache_manager, request.request_id, removed)
 
-    def _suffix_ids(self, text: str) -> list[int]:
-        if not text:
-            return []
+    def _encode(self, text: str) -> list[int]:
         tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
         return tokenizer.encode(text, add_special_tokens=False)
+
+    @staticmethod
+    def _tell_worker(request: Request, key: str, value: Any) -> None:
+        """Send something along with the request, which has no field for plugins but this map."""
+        # A copy: samples of one prompt share their parameters.
+        params = copy.copy(request.sampling_params)
+        params.extra_args = {**(params.extra_args or {}), key: value}
+        request.sampling_params = params
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -416,11 +425,7 @@ class DiffusionScheduler(Scheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt; the worker will be told that the request comes back, and where it stands."""
         request.needs_encoder = True
-        # A copy: samples of one prompt share their parameters.
-        params = copy.copy(request.sampling_params)
-        resume = Resume(request.position, request.restarts)
-        params.extra_args = {**(params.extra_args or {}), RESUME_KEY: resume.to_list()}
-        request.sampling_params = params
+        self._tell_worker(request, RESUME_KEY, Resume(request.position, request.restarts).to_list())
         super()._preempt_request(request, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from vllm_dvlm.params import DenoiseParams, ServerSettings
+from vllm_dvlm.options import DenoiseParams
+from vllm_dvlm.settings import ServerSettings
 
 
 def table(cls: type) -> str:

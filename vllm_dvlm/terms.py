@@ -66,6 +66,10 @@ class Plan:
     """What of a request's settings decides the course of its steps; constant over its life.
 
     steps_per_block is None in threshold mode, where a block runs until nothing in it is masked.
+    caches_prompt: the prompt attends to itself only, so its KV is computed once, in the first forward pass.
+    first_block_start: canvas position of the first block in which anything is masked, where a draft has filled others.
+    row_offset: the row of a position's logits lies this many tokens before the position.
+    first_token_from_prompt: the first step reads the prompt's last row alone and writes canvas position 0.
     """
 
     prompt_len: int
@@ -74,6 +78,20 @@ class Plan:
     block_len: int
     steps_per_block: int | None
     refresh_interval: int
+    caches_prompt: bool = False
+    first_block_start: int = 0
+    row_offset: int = 0
+    first_token_from_prompt: bool = False
+
+    @property
+    def start(self) -> Position:
+        """Where the request begins."""
+        return Position(block_start=self.first_block_start)
+
+    @property
+    def keeps_kv(self) -> bool:
+        """True if a step reads KV that an earlier one has written."""
+        return self.caches_prompt or self.refresh_interval > 1
 
     @property
     def total_len(self) -> int:
@@ -118,8 +136,14 @@ class Step:
 
 
 def step_at(plan: Plan, position: Position) -> Step:
-    """The step that a request at ``position`` makes next: everything at a refresh, else from the block's start on."""
+    """The step that a request at ``position`` makes next: everything at a refresh, else from the block's start on.
+
+    Behind a prompt that is computed once it is the whole canvas. Where nothing of the request is in the KV cache, which
+    is so before its first step and after a preemption, the pass computes the prompt as well.
+    """
     total = plan.total_len
+    if plan.caches_prompt:
+        return Step(plan.prompt_len, total, total, is_refresh=False)
     if is_refresh(position.step_in_block, plan.refresh_interval):
         return Step(0, total, total, is_refresh=True)
     return Step(plan.prompt_len + position.block_start, total, total, is_refresh=False)
@@ -130,7 +154,8 @@ def restart_position(plan: Plan, num_emitted: int) -> Position:
 
     Tokens of the block that were written and not yet emitted are written anew, with all the block's steps.
     """
-    return Position(num_emitted // plan.block_len * plan.block_len, 0, num_emitted)
+    start = max(plan.first_block_start, num_emitted // plan.block_len * plan.block_len)
+    return Position(start, 0, num_emitted)
 
 
 @dataclass(frozen=True)
@@ -195,7 +220,67 @@ def step_flops(config: object, plan: Plan, query_len: int, pruned_plan: Plan | N
         layer: layers that run before the request is shortened inside the step; None if it is shortened after it.
     """
     if pruned_plan is None or layer is None:
-        return forward_flops(config, query_len, plan.total_len)
+        return _rows_flops(config, plan, query_len, None)
     rest = config.num_hidden_layers - layer  # type: ignore[attr-defined]
     short = pruned_plan.total_len
-    return forward_flops(config, query_len, plan.total_len, layer) + forward_flops(config, short, short, rest)
+    return _rows_flops(config, plan, query_len, layer) + _rows_flops(config, pruned_plan, short, rest)
+
+
+def _rows_flops(config: object, plan: Plan, query_len: int, num_layers: int | None) -> int:
+    """``forward_flops`` of the attention rows of a step."""
+    if not plan.caches_prompt or query_len < plan.total_len:
+        return forward_flops(config, query_len, plan.total_len, num_layers)
+    prompt = forward_flops(config, plan.prompt_len, plan.prompt_len, num_layers)
+    return prompt + forward_flops(config, plan.total_len - plan.prompt_len, plan.total_len, num_layers)
+
+
+def steps_per_block(
+    canvas_len: int, block_len: int, max_steps: int | None = None, step_ratio: float | None = None
+) -> int:
+    """Steps of each block of a canvas that is decoded block by block.
+
+    Args:
+        max_steps: steps of all blocks together; None: one per position.
+        step_ratio: share of the steps that is taken, (0, 1].
+
+    Raises:
+        ValueError: lengths that do not divide, or no step is left.
+    """
+    if block_len < 1 or canvas_len % block_len:
+        raise ValueError(f"The block length {block_len} does not divide the canvas length {canvas_len}.")
+    blocks = canvas_len // block_len
+    steps = canvas_len if max_steps is None else max_steps
+    if steps % blocks:
+        raise ValueError(f"{steps} steps cannot be spread over {blocks} blocks: use a multiple of {blocks}.")
+    return _shortened(steps // blocks, step_ratio)
+
+
+def steps_on_grid(canvas_len: int, max_steps: int | None = None, step_ratio: float | None = None) -> tuple[int, int]:
+    """(intervals of the time grid, steps taken) of a canvas that is decoded as a whole.
+
+    Args:
+        max_steps: intervals wanted; at most one per position, which is the default.
+        step_ratio: steps taken as a share of the canvas length, not of the grid, (0, 1]; None: the whole grid.
+
+    Raises:
+        ValueError: no step is left, or the grid has fewer.
+    """
+    grid = canvas_len if max_steps is None else min(max_steps, canvas_len)
+    if step_ratio is None:
+        return grid, _shortened(grid, None)
+    steps = _shortened(canvas_len, step_ratio)
+    if steps > grid:
+        raise ValueError(
+            f"A step ratio of {step_ratio} takes {steps} steps for {canvas_len} positions, the grid has {grid}: "
+            "raise the number of steps or lower the ratio."
+        )
+    return grid, steps
+
+
+def _shortened(num_steps: int, step_ratio: float | None) -> int:
+    if step_ratio is not None and not 0 < step_ratio <= 1:
+        raise ValueError(f"The step ratio must be in (0, 1], not {step_ratio}.")
+    left = num_steps if step_ratio is None else int(num_steps * step_ratio)
+    if left < 1:
+        raise ValueError(f"No step is left of {num_steps} at step ratio {step_ratio}: raise one of them.")
+    return left

@@ -27,12 +27,13 @@ PRUNED = [
 def make_slot(number, options):
     from vllm import SamplingParams
 
-    from vllm_dvlm.params import ServerSettings, resolve
+    from vllm_dvlm.placement import resolve
+    from vllm_dvlm.settings import ServerSettings
     from vllm_dvlm.terms import VisualSpan
     from vllm_dvlm.worker.states import RequestSlot
 
     params = resolve(options, CANVAS, ServerSettings(), None)
-    plan = params.plan(PROMPT, 0)
+    plan = params.plan(PROMPT)
     spans = [VisualSpan(4, 4 + NUM_VISUAL)]
     slot = RequestSlot(f"r{number}", params, SamplingParams(temperature=0), plan, [], spans, (3, 4 + number), number)
     slot.pruned_plan = params.pruned_plan(plan, NUM_VISUAL)

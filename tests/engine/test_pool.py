@@ -135,8 +135,8 @@ class Driver:
         from vllm.v1.structured_output import StructuredOutputManager
 
         from vllm_dvlm.kv.groups import layer_spec
-        from vllm_dvlm.params import ServerSettings
         from vllm_dvlm.scheduler import DiffusionScheduler
+        from vllm_dvlm.settings import ServerSettings
 
         config = EngineArgs(
             str(folder),
@@ -209,7 +209,7 @@ class Driver:
         self.arrived[name], self.waited[name] = self.num_steps, 0
 
     def step(self):
-        from vllm_dvlm.params import RESUME_KEY
+        from vllm_dvlm.options import RESUME_KEY
         from vllm_dvlm.terms import Resume, step_at
 
         output = self.scheduler.schedule()
@@ -258,11 +258,12 @@ class Driver:
         return output
 
     def _new_twin(self, new):
-        from vllm_dvlm.params import RESUME_KEY, resolve
+        from vllm_dvlm.options import RESUME_KEY
+        from vllm_dvlm.placement import resolve
         from vllm_dvlm.terms import Position, Resume
 
         params = resolve(new.sampling_params.extra_args, new.sampling_params.max_tokens, self.settings)
-        plan = params.plan(len(new.prompt_token_ids), 0)
+        plan = params.plan(len(new.prompt_token_ids))
         num_visual = sum(feature.mm_position.length for feature in new.mm_features)
         pruned = params.pruned_plan(plan, num_visual)
         is_late = pruned is not None and params.prune_after_layers(4) == self.settings.late_group_start()

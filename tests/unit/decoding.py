@@ -24,6 +24,7 @@ class Run:
     mask_share: float = 0.0  # how often the mask token is predicted
     levels: int = 8  # distinct confidences; few make ties
     prompt_len: int = 5
+    caches_prompt: bool = False
     seed: int = 0
 
     def says(self, block_start: int, step: int, position: int) -> tuple[int, float]:

@@ -7,7 +7,8 @@ import pytest
 from vllm_dvlm import cli
 from vllm_dvlm.bench.abuse import command, draws, fuzz, fuzz_bodies
 from vllm_dvlm.bench.abuse.job import PARTS, QUICK, Counts, Job
-from vllm_dvlm.params import ServerSettings, Space, resolve
+from vllm_dvlm.placement import resolve
+from vllm_dvlm.settings import ServerSettings
 
 
 def parse(*options):
@@ -42,7 +43,7 @@ def test_drawn_options_are_valid_and_of_every_kind(tmp_path):
     seen = set()
     for i in range(400):
         found = draws.options(job.rng("options", i), i % 2 == 0, 16)
-        resolve(found, 16, ServerSettings(num_layers=4), Space(900, lambda text: len(text)))
+        resolve(found, 16, ServerSettings(num_layers=4), 900)
         seen |= {(key, value) for key, value in found.items() if isinstance(value, str)} | set(found)
     assert {("prune_method", "fastv"), ("diffusion_remasking", "margin"), "diffusion_threshold"} <= seen
     assert {"diffusion_suffix", "diffusion_refresh_interval", "prune_rows", "prune_layer"} <= seen

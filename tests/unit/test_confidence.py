@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dvlm.denoise import confidence as c
-from vllm_dvlm.params import REMASKING
+from vllm_dvlm.options import REMASKING
 
 NUM_WORDS = 9
 

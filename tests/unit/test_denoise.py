@@ -89,14 +89,20 @@ def runs(draw, **fixed):
         "mask_share": draw(st.sampled_from([0.0, 0.0, 0.2, 0.7])),
         "levels": draw(st.sampled_from([1, 4, 1000])),
         "prompt_len": draw(st.integers(1, 9)),
+        "caches_prompt": False,
         "seed": draw(st.integers(0, 10**6)),
     }
-    return Run(**values | fixed)
+    values |= fixed
+    if values["refresh_interval"] == 1:
+        values["caches_prompt"] = draw(st.booleans())
+    return Run(**values)
 
 
 def plan_of(run):
     steps = None if run.threshold is not None else run.steps_per_block
-    return terms.Plan(run.prompt_len, run.canvas_len, len(run.suffix), run.block_len, steps, run.refresh_interval)
+    return terms.Plan(
+        run.prompt_len, run.canvas_len, len(run.suffix), run.block_len, steps, run.refresh_interval, run.caches_prompt
+    )
 
 
 def fresh_canvases(batch):
@@ -121,6 +127,7 @@ def fresh_canvases(batch):
         num_emitted=zero,
         stop=zero - 1,
         num_masked_at_start=zero,
+        caches_prompt=column(lambda r: int(r.caches_prompt)),
     )
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from tests.unit.pruning_cases import CASES, MethodCase, as_read, make_view, raster_places, same_visual_tokens
 from vllm_dvlm import pruning
-from vllm_dvlm.params import ServerSettings, resolve
+from vllm_dvlm.placement import resolve
 from vllm_dvlm.pruning import names
 from vllm_dvlm.pruning.select import kept_prompt_rows, select
+from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.terms import VisualSpan, num_kept, pruned_prompt_len
 
 every_method = pytest.mark.parametrize("case", CASES, ids=str)
@@ -282,7 +283,7 @@ def test_both_sides_agree_on_the_pruned_prompt(parts, data):
     num_visual = sum(map(len, spans))
 
     resolved = resolve({"prune_method": "redvtp", "prune_keep_ratio": keep_ratio}, 8, ServerSettings())
-    plan = resolved.plan(prompt_len, 3)
+    plan = resolved.plan(prompt_len)
     pruned = resolved.pruned_plan(plan, num_visual)
     count = num_kept(num_visual, keep_ratio)
     assert 1 <= count <= num_visual and count == max(1, int(num_visual * keep_ratio))
@@ -308,9 +309,9 @@ def test_nothing_to_prune_is_no_plan():
         ({"prune_method": "redvtp", "prune_keep_ratio": 0.1}, 1),
     ):
         resolved = resolve(extra_args, 8, ServerSettings())
-        assert resolved.pruned_plan(resolved.plan(20, 0), num_visual) is None
+        assert resolved.pruned_plan(resolved.plan(20), num_visual) is None
     resolved = resolve({"prune_method": "redvtp"}, 8, ServerSettings())
-    assert resolved.pruned_plan(resolved.plan(20, 0), 10).prompt_len == 15
+    assert resolved.pruned_plan(resolved.plan(20), 10).prompt_len == 15
 
 
 def test_parts_of_another_prompt_are_refused():

@@ -20,7 +20,8 @@ from vllm_dvlm.bench.quality import Scored
 from vllm_dvlm.bench.questions import Item
 from vllm_dvlm.bench.settings_grid import Mode, Setting
 from vllm_dvlm.cli import build_parser, main
-from vllm_dvlm.params import ServerSettings, resolve
+from vllm_dvlm.placement import resolve
+from vllm_dvlm.settings import ServerSettings
 
 # -- scores --------------------------------------------------------------------------------------------------------
 

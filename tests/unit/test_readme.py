@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dvlm.params import DenoiseParams, ServerSettings
+from vllm_dvlm.options import DenoiseParams
 from vllm_dvlm.pruning.names import METHODS
+from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.settings_table import table
 
 ROOT = Path(__file__).resolve().parents[2]

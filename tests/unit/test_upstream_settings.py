@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_dvlm.params import ServerSettings
+from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.upstream_settings import misplaced, tensor_parallel_problem, unservable
 
 

@@ -143,6 +143,33 @@ KEPT_CONFIDENCE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 }
 
 
+def choose_kept(
+    logits: torch.Tensor,
+    name: str,
+    temperature: float = 0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token per row and its confidence among the kept logits, of one temperature; destroys ``logits``.
+
+    Args:
+        logits: [N, V] float32 contiguous.
+        name: a remasking of ``KEPT_CONFIDENCE``.
+        temperature: divides the logits before any is dropped; 0: argmax.
+        top_k, top_p: see ``keep_top``.
+        generator: see ``choose_tokens``.
+
+    Returns:
+        ([N] int64, [N] float32).
+    """
+    if temperature == 0 and top_k is not None and top_p in (None, 1):
+        return greedy_kept(logits, top_k, name)
+    kept = keep_top(logits if temperature == 0 else logits.div_(temperature), top_k, top_p)
+    tokens = choose_tokens(kept, float(temperature > 0), generator)
+    return tokens, KEPT_CONFIDENCE[name](kept, tokens)
+
+
 def greedy_kept(logits: torch.Tensor, top_k: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Argmax and its confidence among the `top_k` kept logits, from these alone: no softmax of the whole row.
 

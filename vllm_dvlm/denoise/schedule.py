@@ -10,9 +10,17 @@ README of LaViDa, "Schedules" and "LaViDa-Dream").
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from vllm_dvlm.terms import steps_on_grid, steps_per_block
+
+if TYPE_CHECKING:
+    from vllm_dvlm.placement import ResolvedParams
+
+__all__ = ["counts_per_step", "counts_table", "grid_table", "steps_on_grid", "steps_per_block"]
 
 DEFAULT_SHIFT = 3.0
 # Last value of the descending grid of `grid_table`: time never reaches 0.
@@ -80,6 +88,29 @@ def counts_per_step(
     return counts[::-1]
 
 
+_cached_counts = lru_cache(maxsize=4096)(lambda *key: tuple(counts_per_step(*key)))
+
+
+def planned_count(params: ResolvedParams, num_steps: int, step: int, num_at_start: int, num_masked: int) -> int:
+    """Positions that a step of a block unmasks.
+
+    Args:
+        params: name the schedule, or the time grid.
+        num_steps: steps of the block, at most.
+        step: of them, from 0.
+        num_at_start, num_masked: masked positions of the block when it began, and now.
+    """
+    options = params.options
+    if params.first_token_from_prompt:  # a step of its own, before those of the schedule
+        if step == 0:
+            return 1
+        num_steps, step, num_at_start = num_steps - 1, step - 1, num_at_start - 1
+    if params.grid_steps is not None and options.diffusion_schedule == "uniform":
+        return int(grid_table(params.block_len, params.grid_steps, num_steps)[num_masked, step])
+    counts = _cached_counts(num_at_start, num_steps, options.diffusion_schedule, options.diffusion_schedule_shift)
+    return counts[step] if step < len(counts) else 0
+
+
 def check_schedule(schedule: str, shift: float | None) -> None:
     """Raise ValueError unless `counts_per_step` knows the schedule and takes the shift."""
     if schedule not in SCHEDULES:
@@ -132,55 +163,3 @@ def grid_table(max_masked: int, grid_steps: int, num_steps: int) -> np.ndarray:
     numbers = table.numpy()
     numbers.flags.writeable = False
     return numbers
-
-
-def steps_per_block(
-    canvas_len: int, block_len: int, max_steps: int | None = None, step_ratio: float | None = None
-) -> int:
-    """Steps of each block of a canvas that is decoded block by block.
-
-    Args:
-        max_steps: steps of all blocks together; None: one per position.
-        step_ratio: share of the steps that is taken, (0, 1].
-
-    Raises:
-        ValueError: lengths that do not divide, or no step is left.
-    """
-    if block_len < 1 or canvas_len % block_len:
-        raise ValueError(f"The block length {block_len} does not divide the canvas length {canvas_len}.")
-    blocks = canvas_len // block_len
-    steps = canvas_len if max_steps is None else max_steps
-    if steps % blocks:
-        raise ValueError(f"{steps} steps cannot be spread over {blocks} blocks: use a multiple of {blocks}.")
-    return _shortened(steps // blocks, step_ratio)
-
-
-def steps_on_grid(canvas_len: int, max_steps: int | None = None, step_ratio: float | None = None) -> tuple[int, int]:
-    """(intervals of the time grid, steps taken) of a canvas that is decoded as a whole.
-
-    Args:
-        max_steps: intervals wanted; at most one per position, which is the default.
-        step_ratio: steps taken as a share of the canvas length, not of the grid, (0, 1]; None: the whole grid.
-
-    Raises:
-        ValueError: no step is left, or the grid has fewer.
-    """
-    grid = canvas_len if max_steps is None else min(max_steps, canvas_len)
-    if step_ratio is None:
-        return grid, _shortened(grid, None)
-    steps = _shortened(canvas_len, step_ratio)
-    if steps > grid:
-        raise ValueError(
-            f"A step ratio of {step_ratio} takes {steps} steps for {canvas_len} positions, the grid has {grid}: "
-            "raise the number of steps or lower the ratio."
-        )
-    return grid, steps
-
-
-def _shortened(num_steps: int, step_ratio: float | None) -> int:
-    if step_ratio is not None and not 0 < step_ratio <= 1:
-        raise ValueError(f"The step ratio must be in (0, 1], not {step_ratio}.")
-    left = num_steps if step_ratio is None else int(num_steps * step_ratio)
-    if left < 1:
-        raise ValueError(f"No step is left of {num_steps} at step ratio {step_ratio}: raise one of them.")
-    return left

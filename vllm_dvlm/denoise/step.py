@@ -34,6 +34,7 @@ class Canvases:
     num_emitted: torch.Tensor  # [R]
     stop: torch.Tensor  # [R]
     num_masked_at_start: torch.Tensor  # [R]
+    caches_prompt: torch.Tensor  # [R], 1 where the prompt is computed once and steps compute the canvas alone
 
 
 @dataclass
@@ -73,6 +74,7 @@ def take_step(
     threshold: torch.Tensor,
     stop_token_ids: torch.Tensor,
     mask_token_id: int,
+    planned: torch.Tensor | None = None,
 ) -> StepOutput:
     """Unmask, look for stops, move on to the next block, say what is emitted.
 
@@ -83,6 +85,7 @@ def take_step(
         threshold: [R] float64 factor of the threshold rule, nan for requests that follow the schedule.
         stop_token_ids: [R, K], ascending, padded with -1 in front.
         mask_token_id: a position that holds it is masked, also when the model predicted it (point 24).
+        planned: [R] positions to unmask by a schedule that is not uniform, -1 for the others; None: all others.
     """
     pos = torch.arange(state.tokens.shape[1], device=state.tokens.device)
     block_end = state.block_start + state.block_len
@@ -93,6 +96,8 @@ def take_step(
     by_threshold = ~threshold.isnan()
     values, ranks = rank_positions(confidence.masked_fill(~candidate, float("-inf")))
     scheduled = num_by_schedule(at_start, state.steps_per_block.clamp(min=1), state.step_in_block)
+    if planned is not None:
+        scheduled = torch.where(planned >= 0, planned, scheduled)
     count = torch.where(
         by_threshold,
         num_by_threshold(values, masked.sum(1), threshold.nan_to_num(1.0)),
@@ -125,7 +130,8 @@ def take_step(
 
     step = torch.where(moves_on, 0, step)
     refresh = step % state.refresh_interval == 0
-    next_start = torch.where(finished | refresh, 0, state.prompt_len + block_start)
+    first = torch.where(refresh, state.caches_prompt * state.prompt_len, state.prompt_len + block_start)
+    next_start = torch.where(finished, 0, first)
     after = Canvases(
         tokens,
         state.canvas_len,
@@ -139,6 +145,7 @@ def take_step(
         upto,
         stop,
         at_start,
+        state.caches_prompt,
     )
     return StepOutput(after, emitted, num_new, committed, next_start, finished)
 

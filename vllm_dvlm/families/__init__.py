@@ -13,6 +13,11 @@ from vllm_dvlm.families.llada_v import LLADA_V
 FAMILIES: dict[str, Family] = {family.architecture: family for family in (LLADA_V,)}
 
 
+def family_named(architecture: str | None) -> Family:
+    """The family of an architecture; the first one as long as none is named."""
+    return FAMILIES.get(architecture or "", next(iter(FAMILIES.values())))
+
+
 def family_of(architectures: Sequence[str] | None) -> Family:
     """The family of a checkpoint; ValueError naming the known architectures if it is none of ours."""
     for architecture in architectures or ():

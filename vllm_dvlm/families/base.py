@@ -51,3 +51,13 @@ class Family:
     default_steps: int | None = None
     prompt_attends_canvas: bool = True
     shifts_logits: bool = False
+    attentions: tuple[str, ...] = ("full",)
+    schedules: tuple[str, ...] = ("uniform",)
+    has_suffix: bool = True
+    has_step_ratio: bool = False
+    has_blocks: bool = True
+    stops_bound_canvas: bool = True
+    scores_unknown_rows: bool = False
+    follows_time_grid: bool = False
+    default_top_k: int | None = None
+    has_top_k_top_p: bool = False

@@ -36,14 +36,14 @@ class ForwardPlan:
     final_rows: [rows] int64 ascending, the rows whose final hidden state is read; None for all. Behind the last
         layer's attention only these are computed, the others end as zeros.
     keeps_kv: True if a later step of a request in the batch reads the KV that this step writes.
-    whole_spans: token ranges [first, end) of the rows of attention if each attends to itself as a whole and to
-        nothing else, so that no KV need be read; else None.
+    whole_spans: token ranges of the rows of attention, (first query, end, first key), if each row attends to tokens of
+        this pass only, [first key, end), so that no KV need be read; else None.
     observer: who looks on; None in steps that need no observing.
     """
 
     final_rows: torch.Tensor | None = None
     keeps_kv: bool = True
-    whole_spans: list[tuple[int, int]] | None = None
+    whole_spans: list[tuple[int, int, int]] | None = None
     observer: LayerObserver | None = None
 
     def reset(self) -> None:

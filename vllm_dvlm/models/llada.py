@@ -33,7 +33,7 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 
 from vllm_dvlm.models.forward_plan import ForwardPlan
-from vllm_dvlm.params import ServerSettings
+from vllm_dvlm.settings import ServerSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -85,22 +85,23 @@ class BidirectionalAttention(Attention):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        spans: list[tuple[int, int]],
+        spans: list[tuple[int, int, int]],
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention inside each range of ``spans``, without reading the KV cache.
+        """Attention of each range of ``spans`` (see ``ForwardPlan.whole_spans``), without reading the KV cache.
 
         q: [N, H, D], k and v: [N, KV heads, D]; D need not be the cache's head size. ``rows``, ascending, are the
         queries to compute; None for all. Returns [N or len(rows), H * D].
         """
-        bounds = spans
+        bounds = [span[:2] for span in spans]
         if rows is not None:
             q = q[rows]
-            edges = torch.searchsorted(rows, torch.tensor(spans)).tolist()
-            bounds = [tuple(pair) for pair in edges]
+            bounds = torch.searchsorted(rows, torch.tensor(bounds)).tolist()
         out = torch.empty_like(q)
-        for (first, end), (top, bottom) in zip(spans, bounds, strict=True):
-            keys, values = (x[first:end].transpose(0, 1)[None] for x in (k, v))
+        for (_, end, first_key), (top, bottom) in zip(spans, bounds, strict=True):
+            if top == bottom:
+                continue
+            keys, values = (x[first_key:end].transpose(0, 1)[None] for x in (k, v))
             mixed = F.scaled_dot_product_attention(
                 q[top:bottom].transpose(0, 1)[None],
                 keys,

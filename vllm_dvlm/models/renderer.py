@@ -27,9 +27,9 @@ from vllm_dvlm.models.configuration import resolve_image_token_id, resolve_token
 from vllm_dvlm.models.media import address_errors_are_refusals
 from vllm_dvlm.models.processing import check_placeholders, check_places
 from vllm_dvlm.models.token_strings import name_token
-from vllm_dvlm.params import ServerSettings
 from vllm_dvlm.patches.vllm import p003_stream_status
 from vllm_dvlm.sampling_parameters import spelling_of
+from vllm_dvlm.settings import ServerSettings
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -47,15 +47,44 @@ class AttentionRows:
         """True if rows and requests of the batch are the same."""
         return bool((self.request == np.arange(len(self.request))).all())
 
-    def whole_spans(self) -> list[tuple[int, int]] | None:
-        """Token ranges [first, end) of the rows if each has as many queries as keys, else None."""
-        if (self.query_len != self.kv_len).any():
-            return None
+    @cached_property
+    def first_rows(self) -> np.ndarray:
+        """[requests] int64, first row of each request; rows of a request follow each other."""
+        return np.flatnonzero(np.diff(self.request, prepend=-1))
+
+    def with_prompts_apart(self, prompt_len: np.ndarray) -> AttentionRows:
+        """Rows of whole sequences cut in two: a prompt that attends to itself, and what is behind it and sees all.
+
+        prompt_len: [rows] int32, tokens of the prompt; 0 for rows that stay as they are.
+        """
+        request, start, kv_len = [], [0], []
+        columns = (self.request, self.query_start[1:], self.kv_len, prompt_len)
+        for index, end, keys, prompt in zip(*(column.tolist() for column in columns), strict=True):
+            if prompt:
+                request.append(index)
+                start.append(start[-1] + prompt)
+                kv_len.append(prompt)
+            request.append(index)
+            start.append(end)
+            kv_len.append(keys)
+        return AttentionRows(np.array(request), np.array(start, dtype=np.int32), np.array(kv_len, dtype=np.int32))
+
+    def whole_spans(self) -> list[tuple[int, int, int]] | None:
+        """Token ranges of the rows, (first query, end, first key), if all keys are among the step's tokens; else None.
+
+        The keys of a row then end where its queries end.
+        """
         starts = self.query_start.tolist()
-        return list(zip(starts[:-1], starts[1:], strict=True))
+        is_first = np.diff(self.request, prepend=-1) != 0
+        own_first = np.maximum.accumulate(np.where(is_first, np.arange(len(is_first)), 0))
+        begin = self.query_start[own_first]
+        first_key = self.query_start[1:] - self.kv_len
+        if (first_key < begin).any():
+            return None
+        return list(zip(starts[:-1], starts[1:], first_key.tolist(), strict=True))
 
     def shortened(self, removed: np.ndarray) -> tuple[AttentionRows, np.ndarray]:
-        """The same requests with tokens taken away from rows that are whole sequences.
+        """The same requests with tokens taken away from their first rows; the rows of a request are a whole sequence.
 
         Args:
             removed: [requests] int32, tokens that each request loses; 0 for requests that keep all.
@@ -65,9 +94,13 @@ class AttentionRows:
             first slots of its own, so its KV lies where compaction would move it.
         """
         lost = removed[self.request]
-        lengths = self.query_len - lost
+        lengths = self.query_len.copy()
+        lengths[self.first_rows] -= removed[self.request[self.first_rows]]
         start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        tokens = np.concatenate([q + np.arange(n) for q, n in zip(self.query_start[:-1], lengths, strict=True)])
+        # What is behind a shortened prompt follows it without a gap.
+        first = self.query_start[self.first_rows]
+        num = np.add.reduceat(lengths, self.first_rows)
+        tokens = np.concatenate([q + np.arange(n) for q, n in zip(first, num, strict=True)])
         return AttentionRows(self.request, start, (self.kv_len - lost).astype(np.int32)), tokens
 
 

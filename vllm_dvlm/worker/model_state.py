@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
-from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from vllm_dvlm.denoise.schedule import planned_count
 from vllm_dvlm.models.forward_plan import ForwardPlan
-from vllm_dvlm.params import RESUME_KEY, ServerSettings, Space, resolve
+from vllm_dvlm.options import PLACED_KEY, RESUME_KEY
+from vllm_dvlm.placement import ResolvedParams
+from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.terms import Position, Resume, VisualSpan, step_at
 from vllm_dvlm.worker.attention_rows import AttentionRows, MetadataBuilder
 from vllm_dvlm.worker.embeddings import StepEmbeddings
@@ -34,6 +36,7 @@ from vllm_dvlm.worker.trace import TraceRecorder, check_folder
 
 if TYPE_CHECKING:
     from torch import nn
+    from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.config.compilation import CUDAGraphMode
     from vllm.v1.core.sched.output import NewRequestData
@@ -56,6 +59,7 @@ class StepBatch:
 
     row_request / row_position: for each row of logits, index into ``slots`` and canvas position. [rows] int64, host.
     query_len / kv_len: tokens computed and tokens attended to, per request. [R] int, host.
+    planned: positions to unmask by a schedule that is not uniform, -1 for requests without one. [R] int64, host.
     """
 
     slots: list[RequestSlot]
@@ -66,6 +70,7 @@ class StepBatch:
     row_position: np.ndarray
     query_len: np.ndarray
     kv_len: np.ndarray
+    planned: np.ndarray
 
     def pruning(self) -> list[tuple[RequestSlot, bool]]:
         """Each request, and whether it prunes in this step."""
@@ -86,9 +91,7 @@ class DiffusionModelState(ModelState):
 
             p001_cpu_torch_kernels.install()
         self.settings = ServerSettings.from_additional_config(vllm_config.additional_config)
-        family = model.family
-        if family.shifts_logits or not family.prompt_attends_canvas:
-            raise ValueError(f"{family.name}: prompts that do not see the canvas and shifted logits are not built yet")
+        self.family = model.family
         self.token_ids = model.token_ids
         self.canvases = CanvasStates(self.max_num_reqs, self.settings.max_canvas_length, device)
         self.slots: dict[int, RequestSlot] = {}
@@ -133,13 +136,12 @@ class DiffusionModelState(ModelState):
             self.canvases.restore(req_index, row, slot.params.options.diffusion_threshold)
         else:
             slot = self._new_slot(new_req_data, is_lost=goes_on)
-            suffix = self.suffix_ids(slot.params.options.diffusion_suffix)
             self.canvases.add(
                 req_index,
                 slot.plan,
                 self.token_ids.mask_token_id,
-                suffix,
-                len(suffix) if slot.params.emits_suffix else 0,
+                slot.params.texts,
+                slot.params.suffix_len if slot.params.emits_suffix else 0,
                 slot.params.options.diffusion_threshold,
                 *self._restart(slot, new_req_data, resume),
             )
@@ -152,7 +154,7 @@ class DiffusionModelState(ModelState):
     ) -> tuple[Position, Sequence[int]]:
         """Where a new slot begins, and what is known of its canvas."""
         if resume is None or slot.is_lost:
-            return Position(), ()
+            return slot.plan.start, ()
         if slot.trace is not None:
             slot.trace.restart(resume.position)
         prompt_len, position = new_req_data.prompt_len, resume.position
@@ -160,12 +162,8 @@ class DiffusionModelState(ModelState):
 
     def _new_slot(self, new_req_data: NewRequestData, is_lost: bool) -> RequestSlot:
         sampling_params = new_req_data.sampling_params
-        space = Space(self.max_model_len - new_req_data.prompt_len, lambda text: len(self.suffix_ids(text)))
-        params = resolve(sampling_params.extra_args, sampling_params.max_tokens, self.settings, space)
-        plan = params.plan(new_req_data.prompt_len, len(self.suffix_ids(params.options.diffusion_suffix)))
-        stop_ids = set(sampling_params.stop_token_ids or ())
-        if not sampling_params.ignore_eos and self.token_ids.end_of_turn_token_id is not None:
-            stop_ids.add(self.token_ids.end_of_turn_token_id)
+        params = ResolvedParams.from_mapping(sampling_params.extra_args[PLACED_KEY])
+        plan = params.plan(new_req_data.prompt_len)
         spans = [
             VisualSpan(f.mm_position.offset, f.mm_position.offset + f.mm_position.length)
             for f in new_req_data.mm_features
@@ -179,7 +177,7 @@ class DiffusionModelState(ModelState):
             plan,
             new_req_data.prompt_token_ids,
             spans,
-            tuple(sorted(stop_ids)),
+            self._stop_ids(sampling_params),
             # Every rank must draw the same noise, so an unseeded request is seeded by its (random) id.
             seed if seed is not None else hash_seed(new_req_data.req_id),
             is_lost=is_lost,
@@ -196,11 +194,14 @@ class DiffusionModelState(ModelState):
             slot.trace = TraceRecorder(self.settings.trace_dir, slot, self.model_config.hf_config)
         return slot
 
-    def suffix_ids(self, text: str) -> list[int]:
-        """Suffix tokens: the text alone, without special tokens added (golden README point 17)."""
-        if not text:
-            return []
-        return cached_tokenizer_from_config(self.model_config).encode(text, add_special_tokens=False)
+    def _stop_ids(self, sampling_params: SamplingParams) -> tuple[int, ...]:
+        """Tokens that end the canvas, ascending; where none does, only the scheduler looks for the reply's end."""
+        if not self.family.stops_bound_canvas:
+            return ()
+        stop_ids = set(sampling_params.stop_token_ids or ())
+        if not sampling_params.ignore_eos and self.token_ids.end_of_turn_token_id is not None:
+            stop_ids.add(self.token_ids.end_of_turn_token_id)
+        return tuple(sorted(stop_ids))
 
     def remove_request(self, req_id: str) -> None:
         """Forget a request that finished, was aborted or was preempted."""
@@ -215,7 +216,7 @@ class DiffusionModelState(ModelState):
             slot.trace.write(self.canvases.tokens_np(req_idx), int(row[COLUMN["stop"]]))
         # A request that reached its end cannot come back.
         emitted, stop = int(row[COLUMN["num_emitted"]]), int(row[COLUMN["stop"]])
-        end = min(stop if stop >= 0 else slot.plan.canvas_len, slot.params.max_new_tokens(slot.plan.suffix_len))
+        end = min(stop if stop >= 0 else slot.plan.canvas_len, slot.params.max_new_tokens)
         if emitted < end:
             self.stash.put(req_id, row, slot)
 
@@ -251,12 +252,14 @@ class DiffusionModelState(ModelState):
             req_idx.append(index)
             row_request.append(np.full(len(positions), b))
             row_position.append(positions)
-            token_rows.append(input_batch.query_start_loc_np[b] + slot.plan.prompt_len - start + positions)
+            # A first position whose row is not computed takes the next one, as the reference repeats its first row.
+            rows = np.maximum(slot.plan.prompt_len + positions - slot.plan.row_offset, start)
+            token_rows.append(input_batch.query_start_loc_np[b] - start + rows)
         input_batch.logits_indices = torch.from_numpy(np.concatenate(token_rows)).to(self.device, non_blocking=True)
         # Rows move inside a step with segments, and a captured graph has fixed shapes.
         if self.runs_eagerly and len(input_batch.logits_indices) and not self.pruner.segments:
             self.forward_plan.final_rows = input_batch.logits_indices
-        self.forward_plan.keeps_kv = any(slot.plan.refresh_interval > 1 for slot in slots)
+        self.forward_plan.keeps_kv = any(slot.plan.keeps_kv for slot in slots)
         query_len = input_batch.num_scheduled_tokens
         self.step = StepBatch(
             slots,
@@ -267,6 +270,7 @@ class DiffusionModelState(ModelState):
             np.concatenate(row_position),
             query_len,
             input_batch.num_computed_tokens_np + query_len,
+            np.array([self.planned_count(i, s) for i, s in zip(req_idx, slots, strict=True)], dtype=np.int64),
         )
         inputs = {} if self.supports_mm_inputs else self._text_only_inputs(self.embeddings.write(input_batch))
         if any(slot.rope_positions is not None for slot in slots):
@@ -311,10 +315,25 @@ class DiffusionModelState(ModelState):
         row = self.canvases.mirror_np[req_idx]
         tokens = self.canvases.tokens_np(req_idx)[: slot.plan.canvas_len]
         masked = np.flatnonzero(tokens == self.token_ids.mask_token_id)
+        if slot.plan.first_token_from_prompt and row[COLUMN["step_in_block"]] == 0:
+            return masked[masked == 0]
         stop = row[COLUMN["stop"]]
         limit = stop if stop >= 0 else row[COLUMN["block_start"]] + row[COLUMN["block_len"]]
         first = max(0, step_at(slot.plan, self.canvases.position(req_idx)).query_start - slot.plan.prompt_len)
         return masked[(masked >= first) & (masked < limit)]
+
+    def planned_count(self, req_idx: int, slot: RequestSlot) -> int:
+        """Positions that the step unmasks by a schedule that is not uniform; -1 without one. From the host mirror."""
+        params, plan = slot.params, slot.plan
+        if slot.is_lost or plan.steps_per_block is None or not params.follows_table:
+            return -1
+        position = self.canvases.position(req_idx)
+        block = self.canvases.tokens_np(req_idx)[position.block_start : position.block_start + plan.block_len]
+        num_masked = int((block == self.token_ids.mask_token_id).sum())
+        at_start = num_masked
+        if position.step_in_block:
+            at_start = int(self.canvases.mirror_np[req_idx, COLUMN["num_masked_at_start"]])
+        return planned_count(params, plan.steps_per_block, position.step_in_block, at_start, num_masked)
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Inputs of a dummy forward pass."""
@@ -364,8 +383,17 @@ class DiffusionModelState(ModelState):
         return metadata
 
     def attention_rows(self, builder: MetadataBuilder) -> AttentionRows:
-        """Which tokens of the step attend to which: prompt and canvas are one sequence here."""
-        return builder.scheduled
+        """Which tokens of the step attend to which.
+
+        A prompt that attends to itself only is a row of its own in the forward pass that computes it.
+        """
+        batch, rows = builder.input_batch, builder.scheduled
+        apart = np.zeros(len(rows.request), dtype=np.int32)
+        for b, req_idx in enumerate(batch.idx_mapping_np.tolist()):
+            slot = self.slots.get(req_idx)
+            if slot is not None and slot.req_id == batch.req_ids[b] and slot.plan.caches_prompt:
+                apart[b] = 0 if batch.num_computed_tokens_np[b] else slot.plan.prompt_len
+        return rows.with_prompts_apart(apart) if apart.any() else rows
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Our sampler instead of vLLM's; vLLM's buffers stay reachable through it."""

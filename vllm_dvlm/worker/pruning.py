@@ -161,6 +161,8 @@ class StepPruner:
         canvas = slice(plan.prompt_len, plan.prompt_len + plan.canvas_len)
         attention_to_columns(q[canvas], k, scale, job.visual, job.canvas)
         if job.pruner.reads == "prompt":
+            if plan.caches_prompt:  # it does not see the canvas
+                k = k[: plan.prompt_len]
             for rows, total in ((job.text, job.text_sum), (job.visual, job.visual_sum)):
                 for chunk in rows.split(256):
                     part = total.new_zeros(len(chunk), len(total))
@@ -195,7 +197,7 @@ class StepPruner:
         self._rows = self._rows[index]
         positions, hidden, residual = positions[index], hidden[index], residual[index]
         for job in self.jobs:
-            job.first = int(segment.rows.query_start[job.batch_index])
+            job.first = int(segment.rows.query_start[segment.rows.first_rows[job.batch_index]])
         for job in jobs:
             if job.slot.params.options.prune_positions == "renumber":
                 length = job.slot.pruned_plan.total_len
@@ -289,7 +291,7 @@ class StepPruner:
             slot.rope_positions = torch.cat([rows, tail])
         tables = self.state.block_tables
         blocks_before = self.state.num_kv_blocks(job.req_idx)
-        if before.refresh_interval > 1:
+        if before.keeps_kv:
             self._compact(job, rows, rotate=not keeps_angles)
         for group, size in enumerate(tables.block_sizes):
             tables.num_blocks.np[group, job.req_idx] = -(-after.total_len // size)

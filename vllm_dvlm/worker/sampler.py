@@ -16,7 +16,14 @@ import torch
 from vllm import envs
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dvlm.denoise.confidence import CONFIDENCE, choose_tokens, forbid, greedy_low_confidence, random_confidence
+from vllm_dvlm.denoise.confidence import (
+    CONFIDENCE,
+    choose_kept,
+    choose_tokens,
+    forbid,
+    greedy_low_confidence,
+    random_confidence,
+)
 from vllm_dvlm.denoise.step import StepOutput, candidates, take_step
 from vllm_dvlm.terms import LOST
 from vllm_dvlm.worker.logprobs import RowLogprobs, emitted_logprobs, row_logprobs
@@ -106,6 +113,7 @@ class DiffusionSampler:
             self.state.canvases.threshold[step.idx],
             self._stop_token_ids(step),
             self.mask_token_id,
+            self._planned(step),
         )
         lost = [i for i, slot in enumerate(step.slots) if slot.is_lost]
         if lost:  # they computed nothing, so they say nothing
@@ -123,6 +131,8 @@ class DiffusionSampler:
         self._record_traces(step, proposals, out)
         for slot in step.slots:
             slot.num_steps += 1
+            if slot.plan.caches_prompt:  # its KV is there for the rest of the request
+                slot.prompt_embeds = None
         return SamplerOutput(
             sampled_token_ids=out.emitted,
             logprobs_tensors=logprobs,
@@ -159,7 +169,8 @@ class DiffusionSampler:
         """[rows, hidden] -> [rows, V] float32; ids unknown to the tokenizer are -inf, the reference cuts them."""
         logits = self.model.vocab_logits(hidden_states)
         # Rows behind the tokenizer's last id are set aside rather than sliced off: the row stays contiguous.
-        logits[:, self.state.token_ids.num_tokens :] = float("-inf")
+        if not self.state.family.scores_unknown_rows:
+            logits[:, self.state.token_ids.num_tokens :] = float("-inf")
         return logits.float()
 
     def _propose(self, step: StepBatch, tokens: torch.Tensor, hidden_states: torch.Tensor) -> _Proposals:
@@ -173,24 +184,31 @@ class DiffusionSampler:
             index = torch.from_numpy(np.stack([step.row_request[first:end], step.row_position[first:end]]))
             request_idx, position = index.to(tokens.device, non_blocking=True)
             logits = forbid(self._logits(hidden_states[first:end]), self.forbidden)
-            if _is_greedy(slot):
+            if self._is_plain(slot):
                 self._unstall(step, logits, first, end)
                 if slot.logprobs is not None:  # before the logits are used up
                     self._note_logprobs(out, request, slot, position, logits, logits.argmax(dim=1))
                 chosen, conf = greedy_low_confidence(logits)
             else:
-                chosen, conf = self._choose_special(step, request, logits, generators)
+                own = logits if slot.logprobs is None else logits.clone()
+                chosen, conf = self._choose_special(step, request, own, generators)
                 if slot.logprobs is not None:
                     self._note_logprobs(out, request, slot, position, logits, chosen)
             proposed[request_idx, position] = chosen
-            confidence[request_idx, position] = conf
+            confidence[request_idx, position] = conf.double()
         return out
+
+    def _is_plain(self, slot: RequestSlot) -> bool:
+        """True for greedy requests with the standard confidence over the whole vocabulary."""
+        options = slot.params.options
+        is_greedy = slot.sampling_params.temperature == 0 and options.diffusion_remasking == "low_confidence"
+        return is_greedy and not self.state.family.has_top_k_top_p
 
     def _runs(self, step: StepBatch) -> list[tuple[int, int]]:
         """Cut the rows into chunks that fit the memory bound; requests with settings of their own stand alone."""
         runs: list[tuple[int, int]] = []
         start, requests = 0, step.row_request
-        plain = np.array([_is_greedy(s) and s.logprobs is None for s in step.slots])
+        plain = np.array([self._is_plain(s) and s.logprobs is None for s in step.slots])
         # A cut wherever a special request begins or ends.
         kind = np.where(plain[requests], -1, requests) if len(requests) else requests
         cuts = [*(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(requests)]
@@ -216,11 +234,18 @@ class DiffusionSampler:
             # Seeded by request and step: neither the batch nor a preemption changes a request's noise.
             seed = (slot.noise_seed * 1_000_003 + slot.num_steps) % 2**63
             generators[request] = torch.Generator(logits.device).manual_seed(seed)
-        chosen = choose_tokens(logits, slot.sampling_params.temperature, generators[request])
-        remasking = slot.params.options.diffusion_remasking
-        if remasking == "random":
-            return chosen, random_confidence(len(chosen), generators[request], logits.device)
-        return chosen, CONFIDENCE[remasking](logits, chosen)
+        remasking, asked = slot.params.options.diffusion_remasking, slot.sampling_params
+        is_random = remasking == "random"
+        if self.state.family.has_top_k_top_p:
+            top_k = asked.top_k if asked.top_k > 0 else slot.params.top_k
+            name = "low_confidence" if is_random else remasking
+            chosen, conf = choose_kept(logits, name, asked.temperature, top_k, asked.top_p, generators[request])
+        else:
+            chosen = choose_tokens(logits, asked.temperature, generators[request])
+            conf = None if is_random else CONFIDENCE[remasking](logits, chosen)
+        if is_random:
+            conf = random_confidence(len(chosen), generators[request], logits.device)
+        return chosen, conf
 
     def _unstall(self, step: StepBatch, logits: torch.Tensor, first: int, end: int) -> None:
         requests = step.row_request[first:end]
@@ -239,6 +264,12 @@ class DiffusionSampler:
             return False
         position = self.state.canvases.position(step.req_idx[request])
         return position.step_in_block >= slot.plan.block_len
+
+    def _planned(self, step: StepBatch) -> torch.Tensor | None:
+        """Counts of schedules that are not uniform, on the device; None if no request has one."""
+        if (step.planned < 0).all():
+            return None
+        return torch.from_numpy(step.planned).to(self.state.device, non_blocking=True)
 
     def _stop_token_ids(self, step: StepBatch) -> torch.Tensor:
         """[R, K] int64, ascending, padded with -1 in front; made anew only when the batch's requests change."""
@@ -290,10 +321,5 @@ class DiffusionSampler:
             # An engine without further work does not tell its worker that a request is over, so what the worker can
             # see for itself is written at once; aborts and stop strings follow with the next step.
             emitted = canvases.position(req_idx).num_emitted
-            if out.finished[request] or emitted >= slot.params.max_new_tokens(slot.plan.suffix_len):
+            if out.finished[request] or emitted >= slot.params.max_new_tokens:
                 slot.trace.write(canvases.tokens_np(req_idx), int(out.canvases.stop[request]))
-
-
-def _is_greedy(slot: RequestSlot) -> bool:
-    """True for greedy requests with the standard confidence."""
-    return slot.sampling_params.temperature == 0 and slot.params.options.diffusion_remasking == "low_confidence"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vllm_dvlm.denoise.step import Canvases
-from vllm_dvlm.params import ResolvedParams
+from vllm_dvlm.placement import MASKED, ResolvedParams, Texts
 from vllm_dvlm.terms import Plan, Position, VisualSpan
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ FIELDS = (
     "num_emitted",
     "stop",
     "num_masked_at_start",
+    "caches_prompt",
 )
 COLUMN = {name: i for i, name in enumerate(FIELDS)}
 NUM_FIELDS = len(FIELDS)
@@ -104,18 +105,18 @@ class CanvasStates:
         req_idx: int,
         plan: Plan,
         mask_token_id: int,
-        suffix: list[int],
+        texts: Texts,
         num_emitted_suffix: int,
         threshold: float | None,
         start: Position | None = None,
         emitted: Sequence[int] = (),
     ) -> None:
-        """Reset a slot to a canvas of which nothing but the emitted tokens is known.
+        """Reset a slot to a canvas of which nothing but the draft and the emitted tokens is known.
 
         num_emitted_suffix: tokens of the suffix handed out at the end. start, emitted: where a request that restarts
         goes on, and the first ``start.num_emitted`` tokens of its canvas.
         """
-        start = start or Position()
+        start = start or plan.start
         row = np.zeros(NUM_FIELDS + self.max_canvas_len, dtype=np.int64)
         for name, value in (
             ("canvas_len", plan.canvas_len),
@@ -128,11 +129,14 @@ class CanvasStates:
             ("step_in_block", start.step_in_block),
             ("num_emitted", start.num_emitted),
             ("stop", -1),
+            ("caches_prompt", int(plan.caches_prompt)),
         ):
             row[COLUMN[name]] = value
         row[NUM_FIELDS : NUM_FIELDS + plan.canvas_len] = mask_token_id
+        draft = np.array(texts.draft, dtype=np.int64)
+        row[NUM_FIELDS : NUM_FIELDS + len(draft)] = np.where(draft == MASKED, mask_token_id, draft)
         row[NUM_FIELDS : NUM_FIELDS + len(emitted)] = emitted
-        row[NUM_FIELDS + plan.canvas_len : NUM_FIELDS + plan.canvas_len + plan.suffix_len] = suffix
+        row[NUM_FIELDS + plan.canvas_len : NUM_FIELDS + plan.canvas_len + plan.suffix_len] = texts.suffix_ids
         self.restore(req_idx, row, threshold)
 
     def restore(self, req_idx: int, row: np.ndarray, threshold: float | None) -> None:

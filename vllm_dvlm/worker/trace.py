@@ -66,7 +66,7 @@ class TraceRecorder:
         self.path = Path(trace_dir) / f"{file_name(client_request_id(slot.req_id))}.json"
         self.plan = slot.plan
         self.hf_config = hf_config
-        self.position = Position()
+        self.position = slot.plan.start
         self.header = {
             "request_id": client_request_id(slot.req_id),
             "options": {

@@ -7,14 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dvlm.families.base import Family, TokenTexts
-from vllm_dvlm.params import (
-    REMASKING,
-    DenoiseParams,
-    ServerSettings,
-    Space,
-    check_lengths,
-    resolve,
-)
+from vllm_dvlm.options import REMASKING, DenoiseParams
+from vllm_dvlm.placement import MASKED, ResolvedParams, Texts, check_lengths, draft_tokens, read, resolve
+from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.terms import Plan
 
 SERVER = ServerSettings(max_canvas_length=64)
@@ -33,7 +28,7 @@ FAMILY = Family(
 
 
 def lengths(max_tokens, room, settings, **options):
-    resolved = resolve({f"diffusion_{k}": v for k, v in options.items()}, max_tokens, settings, Space(room, len))
+    resolved = resolve({f"diffusion_{k}": v for k, v in options.items()}, max_tokens, settings, room)
     return resolved.canvas_len, resolved.block_len, resolved.max_steps
 
 
@@ -72,7 +67,7 @@ def test_defaults():
     resolved = resolve(None, 16, SERVER)
     assert (resolved.canvas_len, resolved.block_len, resolved.max_steps, resolved.num_blocks) == (16, 16, 16, 1)
     assert resolved.options == DenoiseParams()
-    assert resolved.plan(100, 3) == Plan(100, 16, 3, 16, 16, 1)
+    assert resolved.plan(100) == Plan(100, 16, 0, 16, 16, 1)
 
 
 @pytest.mark.parametrize(
@@ -116,40 +111,42 @@ def test_whatever_is_accepted_is_whole(max_tokens, canvas, block, steps, thresho
     assert 1 <= resolved.canvas_len <= 64
     assert resolved.canvas_len == (canvas or resolved.canvas_len)
     assert resolved.canvas_len % resolved.block_len == 0 and resolved.max_steps % resolved.num_blocks == 0
-    plan = resolved.plan(10, 0)
+    plan = resolved.plan(10)
     assert (plan.steps_per_block is None) == (threshold is not None)
     if threshold is None:
         assert plan.steps_per_block == min(resolved.max_steps // resolved.num_blocks, resolved.block_len)
-    assert 1 <= resolved.max_new_tokens(0) <= max(max_tokens, resolved.canvas_len)
+    assert 1 <= resolved.max_new_tokens <= max(max_tokens, resolved.canvas_len)
 
 
 @pytest.mark.parametrize(("max_tokens", "allowed"), [(5, 5), (15, 15), (16, 19), (100, 19), (None, 19)])
 def test_suffix_does_not_count_against_max_tokens(max_tokens, allowed):
-    assert resolve({"diffusion_canvas_length": 16}, max_tokens, SERVER).max_new_tokens(suffix_len=3) == allowed
+    texts = Texts(suffix_ids=(7, 8, 9))
+    assert resolve({"diffusion_canvas_length": 16}, max_tokens, SERVER, texts=texts).max_new_tokens == allowed
 
 
 @pytest.mark.parametrize(
-    ("options", "max_tokens", "space", "canvas"),
+    ("options", "max_tokens", "room", "canvas"),
     [
-        ({}, 50, Space(50, len), 50),
-        ({}, None, Space(50, len), 50),
-        ({"diffusion_suffix": "abc"}, 50, Space(50, len), 47),
-        ({"diffusion_suffix": "abc"}, None, Space(500, len), 61),  # the server's limit holds for both
-        ({"diffusion_suffix": "abc"}, 20, Space(50, len), 20),
-        ({"diffusion_block_length": 8}, 50, Space(50, len), 48),
-        ({"diffusion_block_length": 8}, 45, Space(46, len), 40),  # 48 would not fit
-        ({"diffusion_block_length": 8, "diffusion_suffix": "abc"}, 50, Space(50, len), 40),
-        ({}, 51, Space(50, len), 51),  # max_tokens itself does not fit; ``check_lengths`` says so
-        ({"diffusion_canvas_length": 60}, None, Space(50, len), 60),  # asked for by name; the same
-        ({"diffusion_suffix": "a" * 64}, 16, Space(500, len), 16),  # no room for any canvas; the same
+        ({}, 50, 50, 50),
+        ({}, None, 50, 50),
+        ({"diffusion_suffix": "abc"}, 50, 50, 47),
+        ({"diffusion_suffix": "abc"}, None, 500, 61),  # the server's limit holds for both
+        ({"diffusion_suffix": "abc"}, 20, 50, 20),
+        ({"diffusion_block_length": 8}, 50, 50, 48),
+        ({"diffusion_block_length": 8}, 45, 46, 40),  # 48 would not fit
+        ({"diffusion_block_length": 8, "diffusion_suffix": "abc"}, 50, 50, 40),
+        ({}, 51, 50, 51),  # max_tokens itself does not fit; ``check_lengths`` says so
+        ({"diffusion_canvas_length": 60}, None, 50, 60),  # asked for by name; the same
+        ({"diffusion_suffix": "a" * 64}, 16, 500, 16),  # no room for any canvas; the same
     ],
 )
-def test_a_canvas_that_nobody_named_fits(options, max_tokens, space, canvas):
-    resolved = resolve(options, max_tokens, SERVER, space)
+def test_a_canvas_that_nobody_named_fits(options, max_tokens, room, canvas):
+    texts = read(options, SERVER).texts(lambda text: [ord(char) for char in text], 0)
+    resolved = resolve(options, max_tokens, SERVER, room, texts)
     assert resolved.canvas_len == canvas
-    plan = resolved.plan(100, len(resolved.options.diffusion_suffix))
-    asked_too_much = canvas > 50 > 0 and space.room == 50 or "a" * 64 in options.values()
-    assert (check_lengths(plan, 100 + space.room, SERVER) is None) == (not asked_too_much)
+    plan = resolved.plan(100)
+    asked_too_much = canvas > 50 > 0 and room == 50 or "a" * 64 in options.values()
+    assert (check_lengths(plan, 100 + room, SERVER) is None) == (not asked_too_much)
 
 
 def test_none_as_a_word():
@@ -185,6 +182,65 @@ def test_every_option_is_documented_and_parsed():
 @pytest.mark.parametrize("name", REMASKING)
 def test_remasking_names(name):
     assert resolve({"diffusion_remasking": name}, 16, SERVER).options.diffusion_remasking == name
+
+
+# -- drafts ----------------------------------------------------------------------------------------------------
+
+
+def encode(text):
+    return [ord(char) for char in text]
+
+
+@pytest.mark.parametrize(
+    ("draft", "tokens"),
+    [
+        ("", ()),
+        ("ab", (97, 98)),
+        ("a<mask:3>b", (97, MASKED, MASKED, MASKED, 98)),
+        ("<mask:2>", (MASKED, MASKED)),
+        ("<mask:x>", tuple(encode("<mask:x>"))),
+        ((97, 0, 98), (97, MASKED, 98)),  # 0 is the mask token here
+        ("a\0b", (97, MASKED, 98)),
+    ],
+)
+def test_drafts(draft, tokens):
+    assert draft_tokens(draft, encode, mask_token_id=0) == tokens
+
+
+def test_a_draft_has_a_bound():
+    refused("diffusion_draft: a token id must be an integer ≥ 0, not 'x'", {"diffusion_draft": [1, "x"]})
+    refused("diffusion_draft has 70000 token ids", {"diffusion_draft": [1] * 70000})
+    with pytest.raises(ValueError, match="longer than any canvas"):
+        draft_tokens("<mask:9999999>", encode, 0)
+
+
+def drafted(draft, **options):
+    options = {f"diffusion_{name}": value for name, value in options.items()}
+    return resolve(options, 16, SERVER, texts=Texts(draft=draft))
+
+
+def test_a_draft_fits_the_canvas_and_leaves_something_to_fill():
+    with pytest.raises(ValueError, match="diffusion_draft of 17 tokens does not fit the canvas of 16"):
+        drafted((1,) * 17)
+    with pytest.raises(ValueError, match="diffusion_draft leaves nothing to fill"):
+        drafted((1,) * 16)
+    assert drafted((1,) * 15 + (MASKED,)).texts.draft[-1] == MASKED
+
+
+@pytest.mark.parametrize(
+    ("draft", "start"), [((), 0), ((1,) * 3, 0), ((1,) * 4, 4), ((1,) * 9, 8), ((1, MASKED, *(1,) * 9), 0)]
+)
+def test_blocks_that_a_draft_fills_take_no_step(draft, start):
+    assert drafted(draft, block_length=4).plan(9).start.block_start == start
+
+
+def test_what_was_placed_travels():
+    import json
+
+    for draft in ((), (3, MASKED, 4)):
+        placed = drafted(draft, block_length=4, threshold=1.0)
+        assert ResolvedParams.from_mapping(placed.to_mapping()) == placed
+        assert ResolvedParams.from_mapping(json.loads(json.dumps(placed.to_mapping()))) == placed
 
 
 # -- what is refused -------------------------------------------------------------------------------------------
@@ -226,7 +282,10 @@ def test_unknown_options_name_the_nearest(misspelt, meant):
         ("diffusion_suffix", [1, 2], "text, not"),
         ("diffusion_suffix", "a \udfff", "valid Unicode"),
         ("diffusion_stream", "all", "one of committed, provisional"),
-        ("diffusion_schedule", "linear", "one of uniform, cosine, shift, logit_normal"),
+        ("diffusion_schedule", "quadratic", "one of uniform, linear, shift, cosine, logit_normal"),
+        ("diffusion_step_ratio", 1.5, r"a number in \(0, 1\], not 1.5"),
+        ("diffusion_attention", "causal", "one of prefix, full"),
+        ("diffusion_draft", 7, "text or a list of token ids, not 7"),
         ("diffusion_cfg_scale", -1, "a number ≥ 0, not -1"),
         ("diffusion_trace", 2, "0 or 1, not 2"),
         ("diffusion_trace", "yes", "0 or 1, not 'yes'"),
@@ -254,8 +313,10 @@ def test_nearest_value_is_named():
         ({"diffusion_canvas_length": 65}, 'larger than .* 64; .*"max_canvas_length": 65'),
         ({"diffusion_block_length": 65}, "diffusion_block_length 65 is larger than .* 64"),
         ({"diffusion_cfg_scale": 0.5}, "not supported yet; leave it at 0"),
-        ({"diffusion_schedule": "cosine"}, "use 'uniform'"),
-        ({"diffusion_schedule_shift": 0.3}, "use 'uniform'"),
+        ({"diffusion_schedule": "cosine"}, "LLaDA-V unmasks by uniform"),
+        ({"diffusion_schedule_shift": 0.3}, "LLaDA-V unmasks by uniform"),
+        ({"diffusion_step_ratio": 0.5}, "LLaDA-V has none; use diffusion_max_steps"),
+        ({"diffusion_attention": "prefix"}, "LLaDA-V has only full"),
         ({"diffusion_stream": "provisional"}, "only 'committed'"),
         ({"diffusion_trace": 1}, "trace_dir"),
         ({"prune_layer": 2}, "prune_layer belongs to prune_method 'fastv'"),
@@ -280,17 +341,20 @@ def test_prune_layer_must_leave_a_layer():
 
 
 def test_lengths_of_prompt_and_canvas():
-    plan = resolve({"diffusion_canvas_length": 60}, None, SERVER).plan(100, 4)
+    def plan_of(suffix_len):
+        texts = Texts(suffix_ids=(1,) * suffix_len)
+        return resolve({"diffusion_canvas_length": 60}, None, SERVER, texts=texts).plan(100)
+
+    plan = plan_of(4)
     assert check_lengths(plan, 164, SERVER) is None
     assert "exceed the model's 163 positions" in check_lengths(plan, 163, SERVER)
-    longer = resolve({"diffusion_canvas_length": 60}, None, SERVER).plan(100, 5)
-    assert "exceed the server's max_canvas_length 64" in check_lengths(longer, 1000, SERVER)
+    assert "exceed the server's max_canvas_length 64" in check_lengths(plan_of(5), 1000, SERVER)
 
 
 def test_pruned_plan():
     def pruned(num_visual=80, **options):
         resolved = resolve(options, 16, SERVER)
-        return resolved.pruned_plan(resolved.plan(100, 0), num_visual)
+        return resolved.pruned_plan(resolved.plan(100), num_visual)
 
     assert pruned(prune_method="random", prune_keep_ratio=0.25).prompt_len == 100 - 80 + 20
     assert pruned(prune_method="none") is None
@@ -337,6 +401,7 @@ defaults = st.builds(
     diffusion_threshold=st.none() | st.floats(0.001, 9),
     diffusion_remasking=st.sampled_from(REMASKING),
     diffusion_suffix=st.text(max_size=9),
+    diffusion_draft=st.text(max_size=9) | st.lists(st.integers(0, 2**53), max_size=4).map(tuple),
     prune_keep_ratio=st.floats(0.01, 1),
     diffusion_trace=st.sampled_from([0, 1]),
 )
