@@ -25,9 +25,9 @@ ARCHITECTURE = "DvlmProcessingStandIn"
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    processing.LLaDAVMultiModalProcessor,
-    info=processing.LLaDAVProcessingInfo,
-    dummy_inputs=processing.LLaDAVDummyInputsBuilder,
+    processing.TileMultiModalProcessor,
+    info=processing.TileProcessingInfo,
+    dummy_inputs=processing.TileDummyInputsBuilder,
 )
 class StandIn(torch.nn.Module, SupportsMultiModal):
     """Just enough for vLLM to take it for a multimodal text generator."""

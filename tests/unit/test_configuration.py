@@ -124,7 +124,7 @@ def test_auto_config(checkpoint):
 
 @pytest.mark.parametrize(
     ("architectures", "said"),
-    [(["LlavaLladaForMaskedDiffusion"], "not known to vllm-dvlm"), ([], "names no architectures")],
+    [(["LlavaLladaForSomethingElse"], "not known to vllm-dvlm"), ([], "names no architectures")],
 )
 def test_another_family_of_the_same_model_type_is_refused(tmp_path, architectures, said):
     """Its sizes have other names, so ours would silently be the defaults of an 8B model."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_dvlm.families.base import Family
+from vllm_dvlm.families.lavida import LAVIDA_DREAM, LAVIDA_LLADA
 from vllm_dvlm.families.llada_v import LLADA_V
 
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (LLADA_V,)}
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (LLADA_V, LAVIDA_LLADA, LAVIDA_DREAM)}
 
 
 def family_named(architecture: str | None) -> Family:

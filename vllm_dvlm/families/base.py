@@ -33,8 +33,20 @@ class Family:
     image_placeholder: text that stands for an image in a prompt.
     default_canvas_len / default_block_len / default_steps: for requests that name neither a canvas nor ``max_tokens``.
         None: the canvas is one block; one step per position.
-    prompt_attends_canvas: True if prompt tokens see the canvas (one bidirectional sequence), False if the prompt
-        attends only to itself and is computed once.
+    attentions: what prompt tokens may attend to, the default first. "full": one bidirectional sequence, the prompt
+        sees the canvas; "prefix": the prompt attends to itself alone and is computed once.
+    schedules: names of the ways to spread the positions of a block over its steps, the default first.
+    has_suffix: True if text may be fixed behind the canvas.
+    has_step_ratio: True if a share of the steps may be named in place of their number.
+    has_blocks: True if a canvas may be decoded in blocks from left to right; False: it is one block.
+    stops_bound_canvas: True if nothing is decoded behind a stop found in the canvas; False: a stop inside the canvas
+        ends no step, it only cuts the reply.
+    scores_unknown_rows: True if the logits of embedding rows without a token take part in the softmax that gives
+        confidences.
+    default_top_k: the logits kept per position where a request names no ``top_k``; None: all.
+    has_top_k_top_p: True if ``top_k`` and ``top_p`` of a request act on confidences and draws.
+    follows_time_grid: True if the "uniform" schedule takes its counts from a grid of times from 1 to 0.001, so that
+        early steps may write nothing.
     shifts_logits: True if the logits at position i predict position i + 1.
     """
 
@@ -49,8 +61,6 @@ class Family:
     image_placeholder: str = "<image>"
     default_block_len: int | None = None
     default_steps: int | None = None
-    prompt_attends_canvas: bool = True
-    shifts_logits: bool = False
     attentions: tuple[str, ...] = ("full",)
     schedules: tuple[str, ...] = ("uniform",)
     has_suffix: bool = True
@@ -58,6 +68,7 @@ class Family:
     has_blocks: bool = True
     stops_bound_canvas: bool = True
     scores_unknown_rows: bool = False
-    follows_time_grid: bool = False
     default_top_k: int | None = None
     has_top_k_top_p: bool = False
+    follows_time_grid: bool = False
+    shifts_logits: bool = False

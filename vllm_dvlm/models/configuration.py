@@ -1,5 +1,5 @@
-"""Config class of LLaDA-V checkpoints, and the token ids and vision sizes that decoding needs from
-a checkpoint.
+"""What config classes of checkpoints share, the one of LLaDA-V, and the token ids and vision sizes that decoding needs
+from a checkpoint.
 
 Sources: tests/golden/llada_v/README.md, "The checkpoint" and points 10 and 24.
 """
@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, SiglipVisionConfig
 
-from vllm_dvlm.families import LLADA_V, family_of
+from vllm_dvlm.families import LLADA_V, Family, family_of
+from vllm_dvlm.models.anyres import ImageLayoutConfig
 
 # Sizes by name, for checkpoints that only name a hub tower: training writes no vision config into
 # config.json [10]. hidden, intermediate, layers, heads; image and patch size are part of the name.
@@ -41,16 +42,19 @@ def checkpoint_config(model_type: str) -> type[PreTrainedConfig]:
     return type("CheckpointConfig", (PreTrainedConfig,), members)
 
 
-class LlavaLLaDAConfig(PreTrainedConfig):
-    """config.json of a LLaDA-V checkpoint: text fields at the top level, image fields beside them.
+class MaskedDiffusionConfig(PreTrainedConfig):
+    """config.json of a checkpoint: text fields at the top level, image fields beside them.
+
+    The fields here are what the model classes read, under the names of transformers, with LLaDA 8B's values; a family's
+    own class sets `family` and `model_type`, and translates what its checkpoints call otherwise.
 
     `vision_config` is resolved while loading (see `resolve_vision_config`) and stays None where
-    nothing tells it. `max_image_tiles` and the id fields from `mask_token_id` on are no keys of the
-    release; they override what the tokenizer says.
+    nothing tells it. `attention_bias`: biases of all four projections; `qkv_bias`: of all but the output's.
+    `max_image_tiles` and the id fields from `mask_token_id` on are no keys of a release; they override what the
+    tokenizer says.
     """
 
-    family = LLADA_V
-    model_type = LLADA_V.model_type
+    family: ClassVar[Family]
     sub_configs = {"vision_config": SiglipVisionConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
 
@@ -67,6 +71,7 @@ class LlavaLLaDAConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     rope_parameters: dict | None = None
     attention_bias: bool = False
+    qkv_bias: bool = False
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -110,6 +115,20 @@ class LlavaLLaDAConfig(PreTrainedConfig):
         elif self.vision_config is None:
             self.vision_config = find_vision_config(self.mm_vision_tower, kwargs.get("name_or_path"))
         super().__post_init__(**kwargs)
+
+    def image_layout(self, vision_config: Any = None) -> ImageLayoutConfig:
+        """How the family turns an image into tiles and visual tokens; `vision_config` if it is not the config's own.
+
+        ValueError, naming the key, for a value that is not supported.
+        """
+        return ImageLayoutConfig.from_hf_config(self, vision_config)
+
+
+class LlavaLLaDAConfig(MaskedDiffusionConfig):
+    """config.json of a LLaDA-V checkpoint; it has the names of transformers."""
+
+    family = LLADA_V
+    model_type = LLADA_V.model_type
 
 
 def find_vision_config(tower: str | None, checkpoint: str | None) -> SiglipVisionConfig | None:

@@ -1,7 +1,8 @@
 """LLaDA text backbone with bidirectional attention, in vLLM's parallel layers.
 
 The architecture is Llama's (RMSNorm, rotary embedding in halves, gated SiLU MLP, optional grouped KV heads) without a
-causal mask. Source: golden README, 'The checkpoint' and point 16.
+causal mask; with ``qkv_bias`` it is Dream's. Source: tests/golden/llada_v/README.md, 'The checkpoint' and point 16, and
+tests/golden/lavida/README.md, 'Checkpoint' and 'Model'.
 
 N = tokens of the batch, H = query heads of this rank, D = head size.
 """
@@ -145,7 +146,7 @@ class LLaDAAttention(nn.Module):
             self.head_dim,
             num_heads,
             num_kv_heads,
-            bias=config.attention_bias,
+            bias=config.attention_bias or config.qkv_bias,
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )

@@ -1,115 +1,12 @@
-"""LLaDA-V: vision stack, LLaDA backbone and output layer, in the original checkpoint layout.
-
-Source: golden README, 'The checkpoint' (tensor names) and points 10 to 16.
-"""
+"""LLaDA-V as vLLM loads it. Source: tests/golden/llada_v/README.md, "The checkpoint" and points 10 to 16."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-import torch
-from torch import nn
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.interfaces import SupportsMultiModal
-from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.tokenizers import cached_tokenizer_from_config
-
-from vllm_dvlm.families import LLADA_V, Family
-from vllm_dvlm.models.configuration import resolve_image_token_id, resolve_token_ids
-from vllm_dvlm.models.llada import LLaDAModel
-from vllm_dvlm.models.processing import LLaDAVDummyInputsBuilder, LLaDAVMultiModalProcessor, LLaDAVProcessingInfo
-from vllm_dvlm.models.vision import VisionStack
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm_dvlm.families import LLADA_V
+from vllm_dvlm.models.masked_diffusion import MaskedDiffusionVLM
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    LLaDAVMultiModalProcessor, info=LLaDAVProcessingInfo, dummy_inputs=LLaDAVDummyInputsBuilder
-)
-class LlavaLLaDAModelLM(nn.Module, SupportsMultiModal):
-    """The model class that vLLM loads for ``architectures: ["LlavaLLaDAModelLM"]``.
+class LlavaLLaDAModelLM(MaskedDiffusionVLM):
+    """The model class for ``architectures: ["LlavaLLaDAModelLM"]``; its checkpoint has Llama's names."""
 
-    ``token_ids`` holds the ids with a role in decoding. ``compute_logits`` is the identity: the sampler asks
-    ``vocab_logits`` for the rows it needs, in chunks.
-    """
-
-    family: Family = LLADA_V
-    # vLLM's flag: --mm-encoder-tp-mode data.
-    supports_encoder_tp_data = True
-
-    @classmethod
-    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """Text that stands for an image in a prompt."""
-        if modality.startswith("image"):
-            return cls.family.image_placeholder
-        raise ValueError(f"LLaDA-V takes images only, not {modality}")
-
-    @staticmethod
-    def get_model_state_cls() -> type[ModelState]:
-        """vLLM's hook for a model's own worker state."""
-        from vllm_dvlm.worker.model_state import DiffusionModelState
-
-        return DiffusionModelState
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
-        config = vllm_config.model_config.hf_config
-        tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-        self.config = config
-        self.token_ids = resolve_token_ids(config, tokenizer)
-        self.configure_mm_token_handling(config.vocab_size, [resolve_image_token_id(config, tokenizer)])
-        with self._mark_tower_model(vllm_config, "image"):
-            self.vision = VisionStack(vllm_config, maybe_prefix(prefix, "vision"))
-        with self._mark_language_model(vllm_config):
-            self.model = LLaDAModel(vllm_config, maybe_prefix(prefix, "model"))
-            if config.tie_word_embeddings:
-                self.lm_head = self.model.embed_tokens
-            else:
-                self.lm_head = ParallelLMHead(
-                    config.vocab_size,
-                    config.hidden_size,
-                    quant_config=vllm_config.quant_config,
-                    prefix=maybe_prefix(prefix, "lm_head"),
-                )
-        self.logits_processor = LogitsProcessor(config.vocab_size)
-        # Every rank samples, so every rank needs all columns.
-        self.logits_processor.use_all_gather = True
-
-    def embed_multimodal(self, **kwargs: object) -> list[torch.Tensor]:
-        """Visual tokens of the images in ``kwargs``; one [visual tokens, hidden] per image."""
-        return self.vision.embed_multimodal(**kwargs)
-
-    def embed_input_ids(self, input_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        """Token embeddings, [N] -> [N, hidden]; visual tokens are merged by the model state."""
-        return self.model.embed_input_ids(input_ids)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: object = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """positions: [N] int64; inputs_embeds: [N, hidden]. Returns hidden states [N, hidden]."""
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_input_ids(input_ids)
-        return self.model(positions, inputs_embeds)
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The hidden states as they are; see the class docstring."""
-        return hidden_states
-
-    def vocab_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> [rows, vocabulary], in the model's dtype; a collective under tensor parallelism."""
-        return self.logits_processor(self.lm_head, hidden_states)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load tensors in the original layout, single-file or sharded."""
-        if self.config.tie_word_embeddings:
-            weights = (item for item in weights if not item[0].startswith("lm_head."))
-        return AutoWeightsLoader(self).load_weights(weights, mapper=VisionStack.weights_mapper("vision."))
+    family = LLADA_V

@@ -2,7 +2,8 @@
 
 vLLM hands a processor token ids, never text (`renderer.py` made them). Visual spans are born here:
 one placeholder id per image becomes one id per visual token, newline tokens included, so a span is
-a whole `PlaceholderRange` (`is_embed` is None). Source: tests/golden/llada_v/README.md, 5 to 16.
+a whole `PlaceholderRange` (`is_embed` is None). Source: tests/golden/llada_v/README.md, 5 to 16,
+and tests/golden/lavida/README.md, "Image".
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,8 +66,8 @@ class RgbDataParser(MultiModalDataParser):
         return ImageProcessorItems([to_rgb(item) if isinstance(item, Image.Image) else item for item in data])
 
 
-class LLaDAVProcessingInfo(BaseProcessingInfo):
-    """What vLLM may ask about the images of a LLaDA-V checkpoint."""
+class TileProcessingInfo(BaseProcessingInfo):
+    """What vLLM may ask about the images of a checkpoint; how they are cut is the config's `image_layout`."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
@@ -121,7 +122,7 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
                 parameter="mm_processor_kwargs",
             )
         config = self.get_hf_config()
-        layout = ImageLayoutConfig.from_hf_config(config, resolve_vision_config(config))
+        layout = config.image_layout(resolve_vision_config(config))
         if _ASPECT_RATIO not in options:
             return layout
         try:
@@ -154,11 +155,11 @@ class LLaDAVProcessingInfo(BaseProcessingInfo):
         return found
 
 
-class LLaDAVDummyInputsBuilder(BaseDummyInputsBuilder[LLaDAVProcessingInfo]):
+class TileDummyInputsBuilder(BaseDummyInputsBuilder[TileProcessingInfo]):
     """The image that takes most memory to encode, for start-up profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        return ""  # ids, not text: see `LLaDAVMultiModalProcessor.get_dummy_inputs`
+        return ""  # ids, not text: see `TileMultiModalProcessor.get_dummy_inputs`
 
     def get_dummy_mm_data(
         self,
@@ -176,7 +177,7 @@ class LLaDAVDummyInputsBuilder(BaseDummyInputsBuilder[LLaDAVProcessingInfo]):
         return {"image": images}
 
 
-class LLaDAVMultiModalProcessor(BaseMultiModalProcessor[LLaDAVProcessingInfo]):
+class TileMultiModalProcessor(BaseMultiModalProcessor[TileProcessingInfo]):
     """Turns images into fields of the model and placeholder ids into spans.
 
     Fields, one item per image: `pixel_values` [T, 3, H, W] in the model's dtype, `num_tiles` int,

@@ -1,24 +1,24 @@
 """From tiles to visual tokens: SigLIP tower, projector and newline vector, as modules that vLLM
 loads.
 
-Source: tests/golden/llada_v/README.md, points 10 to 15.
+Source: tests/golden/llada_v/README.md, points 10 to 15, and tests/golden/lavida/README.md, "Image".
 """
 
 # T = tiles, H = W = tile side in pixels, P = patches per tile side, N = visual tokens of one image,
 # D = hidden size of the language model, V = hidden size of the tower.
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.siglip import SiglipVisionModel
-from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.model_executor.models.vision import is_vit_use_data_parallel, run_dp_sharded_vision_model
 
-from vllm_dvlm.models.anyres import ImageLayoutConfig, arrange
+from vllm_dvlm.models.anyres import arrange
 from vllm_dvlm.models.configuration import resolve_vision_config
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class VisionStack(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config
         vision_config = resolve_vision_config(config)
-        self.layout = ImageLayoutConfig.from_hf_config(config, vision_config)
+        self.layout = config.image_layout(vision_config)
         self.is_shared_out = is_vit_use_data_parallel() and get_tensor_model_parallel_world_size() > 1
         self.vision_tower = SiglipVisionModel(
             vision_config,
@@ -52,7 +52,8 @@ class VisionStack(nn.Module):
             prefix=maybe_prefix(prefix, "vision_tower"),
         )
         self.mm_projector = build_projector(config.mm_projector_type, vision_config.hidden_size, config.hidden_size)
-        self.image_newline = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
+        # Zeros, since a checkpoint whose layout has no newline tokens may be without it.
+        self.image_newline = nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False)
 
     @staticmethod
     def weights_mapper(prefix: str = "vision.") -> WeightsMapper:
@@ -64,6 +65,12 @@ class VisionStack(nn.Module):
                 "model.image_newline": prefix + "image_newline",
             }
         )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load tensors under the names of the children; `image_newline` may be missing where the layout has no use for
+        it."""
+        loaded = AutoWeightsLoader(self).load_weights(weights)
+        return loaded if self.layout.unpads else loaded | {"image_newline"}
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[T, 3, H, W] of any float dtype to projected patch features, [T, P * P, D] in the
@@ -125,7 +132,7 @@ class VisionStack(nn.Module):
         return found
 
     def embed_multimodal(self, **kwargs: object) -> list[torch.Tensor]:
-        """`embed` for the fields of `LLaDAVMultiModalProcessor`, as vLLM hands them to a model.
+        """`embed` for the fields of `TileMultiModalProcessor`, as vLLM hands them to a model.
 
         Returns an empty list where there is no image.
         """
