@@ -255,9 +255,11 @@ def test_who_is_held_back_is_next_and_nobody_gets_in_before(engine, monkeypatch)
         return output
 
     monkeypatch.setattr(scheduler, "schedule", watched)
-    for name, (prompt, params) in {f"early{i}": early for i in range(3)}.items():
+    for name, (prompt, params) in (
+        {f"early{i}": early for i in range(4)} | {f"late{i}": late for i in range(4)}
+    ).items():
         engine.add(name, prompt, params)
-    coming = iter([(f"late{i}", late) for i in range(3)] + [(f"text{i}", request(TEXT)) for i in range(40)])
+    coming = iter([(f"text{i}", request(TEXT)) for i in range(40)])
 
     def one_more():
         for name, (prompt, params) in itertools.islice(coming, 1):
@@ -265,7 +267,7 @@ def test_who_is_held_back_is_next_and_nobody_gets_in_before(engine, monkeypatch)
 
     outputs = engine.finish(one_more)
     engine.assert_idle()
-    assert len(outputs) >= 6
+    assert len(outputs) >= 8
     assert any(held and num_waiting for held, num_waiting in held_at), "nobody had to wait beside newcomers"
     for (held, _), (held_next, _) in itertools.pairwise(held_at):
         assert not held & held_next, "waited for more than one step"
