@@ -23,6 +23,7 @@ from vllm_dvlm.placement import MASKED, ResolvedParams, Texts, check_lengths, pl
 from vllm_dvlm.pruning import create
 from vllm_dvlm.sampling_parameters import (
     CHARACTERS_PER_TOKEN,
+    FAMILY_PARAMETERS,
     MAX_EXTRA_TEXT,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from vllm import PoolingParams
     from vllm.config import ModelConfig
 
+    from vllm_dvlm.families import Family
     from vllm_dvlm.models.configuration import TokenIds
 
 _PREFIX = "Options_"
@@ -65,7 +67,7 @@ def check_sampling_params(
             "decoding; use n > 1 with a temperature above 0",
             parameter="use_beam_search",
         )
-    _refuse_unsupported(params, spelling)
+    _refuse_unsupported(params, spelling, settings.family)
     if params.logprobs is not None and params.logprobs < 0:
         name = spelling.of("logprobs")
         raise InvalidRequest(
@@ -86,12 +88,12 @@ def check_sampling_params(
     return resolved
 
 
-def _refuse_unsupported(params: SamplingParams, spelling: Spelling) -> None:
+def _refuse_unsupported(params: SamplingParams, spelling: Spelling, family: Family) -> None:
     if spelling.is_chat and spelling.asked_echo and params.prompt_logprobs == 0:
         # An echo alone: nobody asked for log-probabilities of the prompt, vLLM's translation did.
         params.prompt_logprobs = None
     for name, rule in SAMPLING_PARAMETERS.items():
-        if not isinstance(rule, Refused):
+        if not isinstance(rule, Refused) or (family.has_top_k_top_p and name in FAMILY_PARAMETERS):
             continue
         value = getattr(params, name, None)
         if asks_for_nothing(name, value):

@@ -17,6 +17,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_dvlm import upstream_settings
 from vllm_dvlm.placement import resolve
+from vllm_dvlm.sampling_parameters import FAMILY_PARAMETERS
 from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.upstream_settings import SCHEDULER, VALIDATOR_PREFIX
 
@@ -183,7 +184,10 @@ def _choose_sampling_defaults(model_config: ModelConfig) -> None:
     ValueError for a --generation-config that suggests what would refuse every request.
     """
     named = model_config.try_get_generation_config() | model_config.override_generation_config
+    family = model_config.hf_config.family
     for name, neutral in _NEUTRAL.items():
+        if family.has_top_k_top_p and name in FAMILY_PARAMETERS:
+            continue
         if named.get(name) not in (None, *neutral):
             _raise(
                 f"takes no {name}, which --generation-config {model_config.generation_config} suggests "

@@ -50,9 +50,8 @@ def _refuse_for_family(opts: DenoiseParams, family: Family) -> None:
     if opts.diffusion_schedule not in family.schedules or (
         opts.diffusion_schedule_shift is not None and "shift" not in family.schedules
     ):
-        raise ValueError(
-            f"diffusion_schedule: {family.name} unmasks by {' or '.join(family.schedules)}; use one of these"
-        )
+        names = " or ".join(map(repr, family.schedules))
+        raise ValueError(f"diffusion_schedule: {family.name} has no other schedules; use {names}")
     if opts.diffusion_schedule_shift is not None and opts.diffusion_schedule != "shift":
         raise ValueError(
             "diffusion_schedule_shift belongs to diffusion_schedule 'shift', not "

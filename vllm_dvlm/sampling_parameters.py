@@ -91,6 +91,10 @@ SAMPLING_PARAMETERS: dict[str, str | Refused] = {
 }
 
 
+# Of the refused ones, those that some families honour (``Family.has_top_k_top_p``).
+FAMILY_PARAMETERS = frozenset({"top_k", "top_p"})
+
+
 def asks_for_nothing(name: str, value: Any) -> bool:
     """True if a refused parameter's value changes nothing."""
     if value is None or (isinstance(value, (list, tuple, dict, set)) and not value):

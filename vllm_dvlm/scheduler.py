@@ -1,8 +1,6 @@
-"""Scheduler and request subclasses: whole sequences per step, refresh turns, no truncation.
+"""vLLM's scheduler for denoising: whole sequences per step, refresh turns, no truncation.
 
-vLLM's scheduler lets every request catch up from ``num_computed_tokens`` to ``num_tokens_with_spec``. A denoising
-step computes a range of the sequence, ``terms.step_at``, so the request subclass says where that range ends and this
-scheduler sets ``num_computed_tokens`` to its start after every step.
+It sets ``num_computed_tokens`` of a request (see ``request``) to the start of its next step after every step.
 """
 
 from __future__ import annotations
@@ -20,12 +18,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dvlm.counters import COUNTERS
 from vllm_dvlm.kv.groups import set_removed
 from vllm_dvlm.kv.release import release_tail
 from vllm_dvlm.options import PLACED_KEY, RESUME_KEY
 from vllm_dvlm.placement import check_lengths, place, read
+from vllm_dvlm.request import DiffusionRequest
 from vllm_dvlm.settings import ServerSettings
-from vllm_dvlm.terms import LOST, Plan, Position, Resume, Step, advance, restart_position, step_at, step_flops
+from vllm_dvlm.terms import LOST, Plan, Resume, advance, step_flops
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -33,108 +33,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 logger = init_logger(__name__)
-
-# Counters of one engine, exported by ``metrics.DvlmStatLogger``; a row here needs one in ``metrics.METRICS``.
-COUNTERS = (
-    "denoise_steps",
-    "forward_tokens_full",
-    "forward_tokens_cached",
-    "committed_tokens",
-    "canvas_positions",
-    "visual_tokens",
-    "requests_pruned",
-    "visual_tokens_pruned",
-    "kv_blocks_before",
-    "kv_blocks_freed",
-    "prune_us",
-    "flops",
-    "client_steps",
-    "client_positions",
-)
-
-
-class DiffusionRequest(Request):
-    """A request with its physical length: prompt, canvas and suffix.
-
-    vLLM builds requests in the engine core without a factory hook, so ``DiffusionScheduler.add_request`` changes the
-    class of an existing object and then calls ``start``.
-    """
-
-    plan: Plan
-    pruned_plan: Plan | None
-    whole_plan: Plan
-    first_pruned_plan: Plan | None
-    prune_layers: int | None
-    position: Position
-    step: Step
-    restarts: bool
-    needs_encoder: bool
-    report: dict[str, int]
-    suffix_ids: list[int]
-    stop_ids: set[int | None]
-
-    def start(self, plan: Plan, pruned_plan: Plan | None = None, prune_layers: int | None = None) -> None:
-        """Attach the course of the request, before and after pruning; called once, before the request is queued.
-
-        ``report`` is what the reply tells about the request. prune_layers: see ``terms.step_flops``. ``step`` is what
-        the next denoising step computes.
-        """
-        self.plan = self.whole_plan = plan
-        self.pruned_plan = self.first_pruned_plan = pruned_plan
-        self.prune_layers = prune_layers
-        self.report = dict.fromkeys(("denoise_steps", "forward_tokens_full", "forward_tokens_cached", "flops"), 0)
-        self.move_to(plan.start)
-        self.restarts = False
-        self.needs_encoder = True
-        self.suffix_ids = []
-        self.stop_ids = set()
-
-    def move_to(self, position: Position) -> None:
-        """Stand at ``position`` of the plan as it is now."""
-        self.position = position
-        self.step = step_at(self.plan, position)
-
-    def restart(self) -> None:
-        """Go back to what the emitted tokens say; a request that was pruned is whole again and prunes once more."""
-        self.plan, self.pruned_plan = self.whole_plan, self.first_pruned_plan
-        self.move_to(restart_position(self.plan, self.position.num_emitted))
-        self.restarts = True
-        self.report["visual_tokens_after"] = self.report["visual_tokens_before"]
-
-    def suffix_of(self, new_token_ids: list[int]) -> tuple[int, int]:
-        """Where the suffix lies in a step's tokens, [first, end); (0, 0) if the step does not end the canvas.
-
-        The worker hands it out last, behind it only the stop token (``denoise.step``). Before the end no token is a
-        stop token, and a canvas without one ends at its full length.
-        """
-        size, num = len(self.suffix_ids), len(new_token_ids)
-        left = self.plan.canvas_len - self.position.num_emitted
-        # In this order: a suffix that itself ends with a stop token also looks like the second case.
-        is_whole = num == left + size and (left == 0 or new_token_ids[left - 1] not in self.stop_ids)
-        if size and is_whole and new_token_ids[left:] == self.suffix_ids:
-            return left, num
-        if size and num > size and new_token_ids[-1] in self.stop_ids:
-            first = num - 1 - size
-            if new_token_ids[first:-1] == self.suffix_ids:
-                return first, num - 1
-        return 0, 0
-
-    @property
-    def num_tokens(self) -> int:
-        """What admission budgets and allocates for (whole sequence), what stop checks count while running."""
-        if self.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-            return self.plan.total_len
-        return len(self._all_token_ids)
-
-    @property
-    def num_tokens_with_spec(self) -> int:
-        """End of the next denoising step's query."""
-        return self.step.query_end
-
-    @property
-    def has_encoder_inputs(self) -> bool:
-        """True until the worker has merged the images into the prompt embeddings; it keeps those."""
-        return self.needs_encoder and bool(self.mm_features)
 
 
 class DiffusionScheduler(Scheduler):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_dvlm.families import LLADA_V
+
 META = torch.device("meta")
 PROMPT, CANVAS, NUM_VISUAL, VOCABULARY, HIDDEN, MASK_ID = 20, 8, 12, 50, 4, 9
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE, BLOCK_SIZE = 2, 2, 16, 4
@@ -62,7 +64,7 @@ def make_layer(index):
 
 def make_state(slots):
     """What sampler and pruner read of the model state, with a model of which there are only shapes."""
-    from vllm_dvlm.worker.model_state import StepBatch
+    from vllm_dvlm.worker.step_batch import StepBatch
 
     num = len(slots)
     length = PROMPT + CANVAS
@@ -78,7 +80,9 @@ def make_state(slots):
             np.tile(np.arange(CANVAS), num),
             np.full(num, length),
             np.full(num, length),
+            np.where(np.arange(num) % 2, -1, 3),
         ),
+        family=LLADA_V,
         device=META,
         slots=dict(enumerate(slots)),
         canvases=make_canvases(num),

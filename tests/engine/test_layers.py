@@ -13,7 +13,12 @@ PACKAGE = Path(__file__).parents[2] / "vllm_dvlm"
 FORBIDDEN = {
     "terms.py": ["torch", "vllm", "vllm_dvlm", "numpy"],
     "families/*.py": ["torch", "vllm", "transformers"],
-    "params.py": ["torch", "vllm"],
+    "option*.py": ["torch", "vllm"],
+    "settings.py": ["torch", "vllm"],
+    "refusals.py": ["torch", "vllm"],
+    "placement.py": ["torch", "vllm"],
+    "counters.py": ["torch", "vllm", "vllm_dvlm"],
+    "request.py": ["torch", "vllm_dvlm.worker", "vllm_dvlm.models"],
     "denoise/*.py": ["vllm", "vllm_dvlm.worker", "vllm_dvlm.models", "vllm_dvlm.pruning", "vllm_dvlm.kv"],
     "pruning/*.py": ["vllm", "vllm_dvlm.worker", "vllm_dvlm.models", "vllm_dvlm.kv", "vllm_dvlm.denoise"],
     "kv/release.py": ["torch", "vllm_dvlm.worker"],
@@ -26,7 +31,14 @@ FORBIDDEN = {
         "vllm_dvlm.kv.release",
         "vllm_dvlm.scheduler",
     ],
-    "worker/*.py": ["vllm_dvlm.scheduler", "vllm_dvlm.admission"],
+    # What a request's options come to, and its texts as tokens, come with the request.
+    "worker/*.py": [
+        "vllm_dvlm.scheduler",
+        "vllm_dvlm.admission",
+        "vllm.tokenizers",
+        *(f"vllm_dvlm.placement.{name}" for name in ("read", "place", "resolve", "draft_tokens")),
+        "vllm_dvlm.options.parse",
+    ],
     "worker/states.py": ["vllm_dvlm.pruning", "vllm_dvlm.kv"],
     "worker/sampler.py": ["vllm_dvlm.pruning", "vllm_dvlm.kv"],
     "scheduler.py": ["torch", "vllm_dvlm.worker", "vllm_dvlm.denoise", "vllm_dvlm.models"],
@@ -79,7 +91,7 @@ def test_imports_are_found(tmp_path):
     [
         ("vllm_dvlm", ["torch", "vllm", "numpy", "transformers"]),
         ("vllm_dvlm.terms", ["torch", "vllm", "numpy"]),
-        ("vllm_dvlm.params", ["torch", "vllm"]),
+        ("vllm_dvlm.placement", ["torch", "vllm"]),
         ("vllm_dvlm.upstream", ["torch", "vllm"]),
         ("vllm_dvlm.denoise.step", ["vllm"]),
         ("vllm_dvlm.denoise.confidence", ["vllm"]),

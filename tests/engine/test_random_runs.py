@@ -72,7 +72,7 @@ def test_random_settings_give_the_reference_tokens_in_a_mixed_batch(engine, refe
     model, predicts_mask = reference(**build_args), "mask_like" in build_args
     rng = random.Random(build_args["seed"])
     image_case = cases.load("b4_image_after_text")
-    suffix_ids = engine.model_state.suffix_ids(SUFFIX)
+    suffix_ids = engine.scheduler._encode(SUFFIX)
     features = model.image_features(cases.images(image_case))
     work, expected = {}, {}
     for i in range(NUM_TEXT + NUM_IMAGE):

@@ -44,7 +44,7 @@ def test_steps_without_number_do_not_stall_a_predicted_mask_token(engine):
 def test_stop_tokens_count_in_the_canvas_alone(engine):
     """Point 30: stops are looked for in the canvas; the suffix follows whole."""
     engine.use(cases.load(TEXT).build_args)
-    suffix_ids = engine.model_state.suffix_ids(SUFFIX_TEXT)
+    suffix_ids = engine.scheduler._encode(SUFFIX_TEXT)
     options = {"diffusion_suffix": SUFFIX_TEXT}
     whole = list(reply(engine, TEXT, ignore_eos=True, extra_args=options).token_ids)
     assert whole[-len(suffix_ids) :] == suffix_ids
@@ -65,7 +65,7 @@ def test_no_suffix_where_max_tokens_ends_the_reply(engine):
 
 def test_where_the_suffix_lies_in_the_last_step():
     """Every way a canvas of few words can end, with suffixes of the same words."""
-    from vllm_dvlm.scheduler import DiffusionRequest
+    from vllm_dvlm.request import DiffusionRequest
     from vllm_dvlm.terms import Plan, Position
 
     rng = random.Random(0)

@@ -111,3 +111,19 @@ def emitted_logprobs(slots: list[RequestSlot], out: StepOutput) -> LogprobsTenso
         return None
     ids, values, ranks = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return LogprobsTensors(ids, values, ranks, starts)
+
+
+def rows_of(
+    request: int, slot: RequestSlot, positions: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor
+) -> RowLogprobs:
+    """What a chunk of logits says about a request that wants log-probabilities; arguments as in ``RowLogprobs``."""
+    return RowLogprobs(request, positions, *row_logprobs(logits, chosen, slot.sampling_params.logprobs))
+
+
+def collect(slots: list[RequestSlot], rows: list[RowLogprobs], out: StepOutput) -> LogprobsTensors | None:
+    """Keep what was written in this step, hand out what is emitted; None in a batch that wants no logprobs."""
+    if all(slot.logprobs is None for slot in slots):
+        return None
+    for found in rows:
+        slots[found.request].logprobs.write(found, out.committed[found.request, found.positions])
+    return emitted_logprobs(slots, out)

@@ -9,7 +9,6 @@ R = requests of the batch, N = its tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +17,11 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_dvlm.denoise.schedule import planned_count
 from vllm_dvlm.models.forward_plan import ForwardPlan
 from vllm_dvlm.options import PLACED_KEY, RESUME_KEY
 from vllm_dvlm.placement import ResolvedParams
 from vllm_dvlm.settings import ServerSettings
-from vllm_dvlm.terms import Position, Resume, VisualSpan, step_at
+from vllm_dvlm.terms import Position, Resume, VisualSpan
 from vllm_dvlm.worker.attention_rows import AttentionRows, MetadataBuilder
 from vllm_dvlm.worker.embeddings import StepEmbeddings
 from vllm_dvlm.worker.image_maps import describe_images
@@ -32,6 +30,7 @@ from vllm_dvlm.worker.pruning import StepPruner
 from vllm_dvlm.worker.sampler import DiffusionSampler
 from vllm_dvlm.worker.stash import Stash
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
+from vllm_dvlm.worker.step_batch import Standing, StepBatch
 from vllm_dvlm.worker.trace import TraceRecorder, check_folder
 
 if TYPE_CHECKING:
@@ -51,30 +50,6 @@ logger = init_logger(__name__)
 
 # vLLM's GPU warm-up sends scheduler-like steps for requests of this name; their lengths follow no plan of ours.
 WARMUP_PREFIX = "_warmup_"
-
-
-@dataclass
-class StepBatch:
-    """One step's work, from ``prepare_inputs`` to the sampler.
-
-    row_request / row_position: for each row of logits, index into ``slots`` and canvas position. [rows] int64, host.
-    query_len / kv_len: tokens computed and tokens attended to, per request. [R] int, host.
-    planned: positions to unmask by a schedule that is not uniform, -1 for requests without one. [R] int64, host.
-    """
-
-    slots: list[RequestSlot]
-    req_idx: list[int]
-    idx: torch.Tensor
-    width: int
-    row_request: np.ndarray
-    row_position: np.ndarray
-    query_len: np.ndarray
-    kv_len: np.ndarray
-    planned: np.ndarray
-
-    def pruning(self) -> list[tuple[RequestSlot, bool]]:
-        """Each request, and whether it prunes in this step."""
-        return [(s, s.pruned_plan is not None and s.num_steps == 0) for s in self.slots]
 
 
 class DiffusionModelState(ModelState):
@@ -240,18 +215,21 @@ class DiffusionModelState(ModelState):
         row_request: list[np.ndarray] = []
         row_position: list[np.ndarray] = []
         token_rows: list[np.ndarray] = []
+        planned: list[int] = []
         for b, index in enumerate(input_batch.idx_mapping_np.tolist()):
             slot = self.slots.get(index)
             if slot is None or slot.req_id != input_batch.req_ids[b]:  # a dummy batch of vLLM's warm-up
                 self.forward_plan.reset()
                 return self._text_only_inputs(self.dummy_inputs_embeds(input_batch.num_tokens_after_padding))
             start = int(input_batch.num_computed_tokens_np[b])
-            self._check_schedule(slot, index, start, int(input_batch.num_scheduled_tokens[b]))
-            positions = self.rows_to_score(index, slot)
+            stands = Standing(self.canvases, index, slot, self.token_ids.mask_token_id)
+            stands.check_schedule(start, int(input_batch.num_scheduled_tokens[b]))
+            positions = stands.rows_to_score()
             slots.append(slot)
             req_idx.append(index)
             row_request.append(np.full(len(positions), b))
             row_position.append(positions)
+            planned.append(stands.planned_count())
             # A first position whose row is not computed takes the next one, as the reference repeats its first row.
             rows = np.maximum(slot.plan.prompt_len + positions - slot.plan.row_offset, start)
             token_rows.append(input_batch.query_start_loc_np[b] - start + rows)
@@ -270,7 +248,7 @@ class DiffusionModelState(ModelState):
             np.concatenate(row_position),
             query_len,
             input_batch.num_computed_tokens_np + query_len,
-            np.array([self.planned_count(i, s) for i, s in zip(req_idx, slots, strict=True)], dtype=np.int64),
+            np.array(planned, dtype=np.int64),
         )
         inputs = {} if self.supports_mm_inputs else self._text_only_inputs(self.embeddings.write(input_batch))
         if any(slot.rope_positions is not None for slot in slots):
@@ -293,47 +271,6 @@ class DiffusionModelState(ModelState):
                 start = int(input_batch.num_computed_tokens_np[b])
                 positions[first:end] = slot.rope_positions[start : start + end - first]
         return positions
-
-    def _check_schedule(self, slot: RequestSlot, req_idx: int, start: int, query_len: int) -> None:
-        """Scheduler and worker must agree on where the request stands; a resumed request always starts at 0."""
-        if slot.is_lost:
-            return
-        step = step_at(slot.plan, self.canvases.position(req_idx))
-        if start not in (0, step.query_start) or start + query_len != step.query_end:
-            raise RuntimeError(
-                f"request {slot.req_id}: scheduled tokens [{start}, {start + query_len}), expected "
-                f"[{step.query_start}, {step.query_end}); scheduler and worker disagree"
-            )
-
-    def rows_to_score(self, req_idx: int, slot: RequestSlot) -> np.ndarray:
-        """Canvas positions whose logits the step reads, ascending. [rows] int64.
-
-        The candidates of ``denoise.step.candidates``, read from the host mirror.
-        """
-        if slot.is_lost:
-            return np.empty(0, dtype=np.int64)
-        row = self.canvases.mirror_np[req_idx]
-        tokens = self.canvases.tokens_np(req_idx)[: slot.plan.canvas_len]
-        masked = np.flatnonzero(tokens == self.token_ids.mask_token_id)
-        if slot.plan.first_token_from_prompt and row[COLUMN["step_in_block"]] == 0:
-            return masked[masked == 0]
-        stop = row[COLUMN["stop"]]
-        limit = stop if stop >= 0 else row[COLUMN["block_start"]] + row[COLUMN["block_len"]]
-        first = max(0, step_at(slot.plan, self.canvases.position(req_idx)).query_start - slot.plan.prompt_len)
-        return masked[(masked >= first) & (masked < limit)]
-
-    def planned_count(self, req_idx: int, slot: RequestSlot) -> int:
-        """Positions that the step unmasks by a schedule that is not uniform; -1 without one. From the host mirror."""
-        params, plan = slot.params, slot.plan
-        if slot.is_lost or plan.steps_per_block is None or not params.follows_table:
-            return -1
-        position = self.canvases.position(req_idx)
-        block = self.canvases.tokens_np(req_idx)[position.block_start : position.block_start + plan.block_len]
-        num_masked = int((block == self.token_ids.mask_token_id).sum())
-        at_start = num_masked
-        if position.step_in_block:
-            at_start = int(self.canvases.mirror_np[req_idx, COLUMN["num_masked_at_start"]])
-        return planned_count(params, plan.steps_per_block, position.step_in_block, at_start, num_masked)
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Inputs of a dummy forward pass."""

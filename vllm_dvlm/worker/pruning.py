@@ -9,10 +9,6 @@ C = canvas positions, N = visual tokens, P = prompt tokens before pruning, K = p
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,9 +19,10 @@ from vllm.forward_context import get_forward_context
 from vllm_dvlm.kv.compaction import KeyRotation, compact_rows
 from vllm_dvlm.kv.layout import PageLayout, probe_cpu_layout
 from vllm_dvlm.models.probe import attention_to_columns
-from vllm_dvlm.pruning import Pruner, StepView, create
+from vllm_dvlm.pruning import StepView, create
 from vllm_dvlm.pruning.select import kept_prompt_rows, select
 from vllm_dvlm.worker.image_maps import visual_places
+from vllm_dvlm.worker.step_batch import PruneJob
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -35,40 +32,6 @@ if TYPE_CHECKING:
     from vllm_dvlm.worker.attention_rows import Segment
     from vllm_dvlm.worker.model_state import DiffusionModelState
     from vllm_dvlm.worker.states import RequestSlot
-
-
-@dataclass
-class PruneJob:
-    """One request that prunes in this step.
-
-    first: row of the request's first token in the layers that run now (moves when another request is shortened).
-    canvas / text_sum / visual_sum: attention summed over layers and heads; see ``StepView``.
-    kept: indices of the survivors among the visual tokens, ascending, once they are chosen.
-    spent_s: host time of scoring, choosing and compacting so far; on a GPU that is the time to launch it.
-    """
-
-    slot: RequestSlot
-    batch_index: int
-    req_idx: int
-    pruner: Pruner
-    layer: int | None
-    first: int
-    visual: torch.Tensor
-    text: torch.Tensor
-    canvas: torch.Tensor
-    text_sum: torch.Tensor
-    visual_sum: torch.Tensor
-    num_observed: int = 0
-    kept: torch.Tensor | None = None
-    importance: torch.Tensor | None = None
-    spent_s: float = 0.0
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Add the time inside to ``spent_s``."""
-        started = time.perf_counter()
-        yield
-        self.spent_s += time.perf_counter() - started
 
 
 class StepPruner:

@@ -26,15 +26,15 @@ from vllm_dvlm.denoise.confidence import (
 )
 from vllm_dvlm.denoise.step import StepOutput, candidates, take_step
 from vllm_dvlm.terms import LOST
-from vllm_dvlm.worker.logprobs import RowLogprobs, emitted_logprobs, row_logprobs
+from vllm_dvlm.worker.logprobs import RowLogprobs, collect, row_logprobs, rows_of
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    from vllm_dvlm.worker.model_state import DiffusionModelState, StepBatch
+    from vllm_dvlm.worker.model_state import DiffusionModelState
     from vllm_dvlm.worker.states import RequestSlot
+    from vllm_dvlm.worker.step_batch import StepBatch
 
 
 @dataclass
@@ -120,7 +120,7 @@ class DiffusionSampler:
             index = torch.tensor(lost).to(out.num_emitted.device, non_blocking=True)
             out.num_emitted[index] = out.next_start[index] = 0
         self.state.canvases.scatter(step.idx, out.canvases)
-        logprobs = self._collect_logprobs(step, proposals, out)
+        logprobs = collect(step.slots, proposals.logprobs, out)
         report = None
         if self.state.pruner.active:
             still_masked, _ = candidates(out.canvases, self.mask_token_id)
@@ -187,13 +187,13 @@ class DiffusionSampler:
             if self._is_plain(slot):
                 self._unstall(step, logits, first, end)
                 if slot.logprobs is not None:  # before the logits are used up
-                    self._note_logprobs(out, request, slot, position, logits, logits.argmax(dim=1))
+                    out.logprobs.append(rows_of(request, slot, position, logits, logits.argmax(dim=1)))
                 chosen, conf = greedy_low_confidence(logits)
             else:
                 own = logits if slot.logprobs is None else logits.clone()
                 chosen, conf = self._choose_special(step, request, own, generators)
                 if slot.logprobs is not None:
-                    self._note_logprobs(out, request, slot, position, logits, chosen)
+                    out.logprobs.append(rows_of(request, slot, position, logits, chosen))
             proposed[request_idx, position] = chosen
             confidence[request_idx, position] = conf.double()
         return out
@@ -280,27 +280,6 @@ class DiffusionSampler:
             self._stop_ids = torch.tensor(rows, dtype=torch.int64).to(self.state.device, non_blocking=True)
             self._stop_ids_key = key
         return self._stop_ids
-
-    @staticmethod
-    def _note_logprobs(
-        out: _Proposals,
-        request: int,
-        slot: RequestSlot,
-        positions: torch.Tensor,
-        logits: torch.Tensor,
-        chosen: torch.Tensor,
-    ) -> None:
-        rows = row_logprobs(logits, chosen, slot.sampling_params.logprobs)
-        out.logprobs.append(RowLogprobs(request, positions, *rows))
-
-    @staticmethod
-    def _collect_logprobs(step: StepBatch, proposals: _Proposals, out: StepOutput) -> LogprobsTensors | None:
-        """Keep what was written in this step, hand out what is emitted; None in a batch that wants no logprobs."""
-        if all(slot.logprobs is None for slot in step.slots):
-            return None
-        for rows in proposals.logprobs:
-            step.slots[rows.request].logprobs.write(rows, out.committed[rows.request, rows.positions])
-        return emitted_logprobs(step.slots, out)
 
     def _record_traces(self, step: StepBatch, proposals: _Proposals, out: StepOutput) -> None:
         """Waits for the device; only for requests that are traced."""

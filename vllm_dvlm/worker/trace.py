@@ -22,8 +22,8 @@ from vllm.logger import init_logger
 from vllm_dvlm.terms import Plan, Position, step_flops
 
 if TYPE_CHECKING:
-    from vllm_dvlm.worker.pruning import PruneJob
     from vllm_dvlm.worker.states import RequestSlot
+    from vllm_dvlm.worker.step_batch import PruneJob
 
 logger = init_logger(__name__)
 
