@@ -1,11 +1,18 @@
-"""A LaViDa checkpoint in its vLLM model class, on the ranks of this process group and without an engine."""
+"""A LaViDa checkpoint in its vLLM model class, without an engine; as a process, one of several ranks.
 
+    python -m tests.engine.lavida_model CHECKPOINT STORE RANK RANKS OUT CASE...
+
+OUT becomes the logits of each case's canvas, [canvas, vocabulary], by name: torch.load.
+"""
+
+import sys
 from contextlib import contextmanager
 
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.renderers.registry import renderer_from_config
 
@@ -33,8 +40,12 @@ class LoadedModel:
     def __init__(self, folder, num_ranks=1, **overrides):
         args = EngineArgs(model=str(folder), tensor_parallel_size=num_ranks, hf_overrides=overrides)
         self.config = args.create_engine_config()
+        loader, model_config = get_model_loader(self.config.load_config), self.config.model_config
+        # Not `get_model`: it empties the cache of an accelerator, which vLLM's CPU workers take out.
         with set_current_vllm_config(self.config):
-            self.model = get_model(vllm_config=self.config)
+            self.model = loader.create_model(self.config, model_config).eval()
+            loader.load_weights(self.model, model_config)
+            process_weights_after_loading(self.model, model_config, torch.device("cpu"))
         self.plan = ForwardPlan()
         self.model.model.set_forward_plan(self.plan)
 
@@ -65,3 +76,16 @@ class LoadedModel:
         """Prompt and initial canvas, [T, hidden]."""
         canvas = torch.tensor(case.raw.get("initial_canvas") or [case.kind.mask] * case.settings["max_new_tokens"])
         return torch.cat([self.merge(case)[0], self.model.embed_input_ids(canvas)])
+
+
+def main(folder, store, rank, num_ranks, out, *names):
+    with process_group(store, int(rank), int(num_ranks), model=folder):
+        loaded, logits = LoadedModel(folder, int(num_ranks)), {}
+        for case in map(cases.load, names):
+            hidden = loaded.hidden(loaded.with_canvas(case))
+            logits[case.name] = loaded.model.vocab_logits(hidden[case.prompt_len :])
+        torch.save(logits, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
