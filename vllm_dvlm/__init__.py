@@ -33,6 +33,7 @@ def register() -> None:
 
     from vllm_dvlm.config import VerifyConfig
     from vllm_dvlm.models.configuration import checkpoint_config
+    from vllm_dvlm.models.dream_tokenizer import register_tokenizer
     from vllm_dvlm.models.renderer import register_renderer
     from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels, p002_validate_request
 
@@ -56,5 +57,6 @@ def register() -> None:
         # As strings: vLLM imports the class where a model is really loaded.
         ModelRegistry.register_model(architecture, family.model)
         MODELS_CONFIG_MAP[architecture] = VerifyConfig
+    register_tokenizer()
     register_renderer()
     _registered = True

@@ -1,14 +1,21 @@
 """Tensor parallelism: two ranks draw the same noise, keep the same visual tokens and give the tokens of one."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 
+from tests import tiny_lavida
 from tests.engine import pruned_reference
 from tests.engine.pruned_checks import assert_clear
-from tests.engine.run_cases import NOISE, NOISY_OPTIONS, assert_recorded, run
-from tests.golden import cases
+from tests.engine.run_cases import NOISE, NOISY_OPTIONS, ROOT, assert_recorded, run
+from tests.golden import cases, lavida_cases
+from vllm_dvlm.bench.lavida_files import KINDS
+from vllm_dvlm.bench.reference.lavida_model import LavidaModel
 
 TEXT, CACHED = "a1_text_single_block", "g12_fast_k2_r8_none"
 PRUNED = ["f1_redvtp_keep25", "f2_redvtp_keep50"]
@@ -94,3 +101,27 @@ def test_each_rank_with_a_whole_tower(checkpoint, tmp_path):
         cases=PRUNED[:1],
     )
     assert_recorded(found, PRUNED[0])
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_lavida_model_in_two_parts(kind, tmp_path):
+    """Model class alone: original names, biases and grouped KV heads are cut as the layers are; one KV head a rank."""
+    folder = tiny_lavida.checkpoint(tmp_path, kind)
+    names = {"lavida-llada": ["text_full", "img_full"], "lavida-dream": ["dream_text_full_maskgit"]}[kind.name]
+    command = [sys.executable, "-m", "tests.engine.lavida_model", str(folder), str(tmp_path / "store")]
+    outs = [tmp_path / f"logits_{rank}.pt" for rank in range(2)]
+    # As vLLM's CPU workers do: the name of the memory they share.
+    environment = os.environ | {"VLLM_DIST_IDENT": f"{os.getpid()}-{kind.name}"}
+    arguments = [[*command, str(rank), "2", str(out), *names] for rank, out in enumerate(outs)]
+    ranks = [subprocess.Popen(each, cwd=ROOT, env=environment) for each in arguments]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    first, second = (torch.load(out) for out in outs)
+    model = LavidaModel.load(folder)
+    for case in map(lavida_cases.load, names):
+        features = model.image_features([lavida_cases.image(case)]) if case.image_record else []
+        canvas = case.raw.get("initial_canvas") or [kind.mask] * case.settings["max_new_tokens"]
+        with torch.inference_mode():
+            whole = torch.cat([model.merge(case.prompt_ids, features).embeddings, model.embed(canvas)])
+            expected = model.text.logits(model.text.forward(whole[None]))[0, case.prompt_len :]
+        assert torch.equal(first[case.name], second[case.name])
+        assert torch.allclose(first[case.name], expected, rtol=1e-3, atol=5e-3)

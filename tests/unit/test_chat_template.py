@@ -7,8 +7,10 @@ import pytest
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tests.golden import lavida_cases
 from vllm_dvlm.bench.checkpoint_files import CHAT_TEMPLATE as TEXT_ONLY
 from vllm_dvlm.families import LLADA_V
+from vllm_dvlm.families.lavida import LAVIDA_DREAM, LAVIDA_LLADA
 from vllm_dvlm.models.chat_template import choose, family_template, mentions_images, reads_variable
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
@@ -16,10 +18,10 @@ CASES = sorted(p.stem for p in GOLDEN.glob("*.json") if "question" in json.loads
 IMAGE = {"type": "image"}
 
 
-def render(messages, **kwargs):
+def render(messages, family=LLADA_V, **kwargs):
     texts, _ = render_jinja_template(
         conversations=[messages],
-        chat_template=family_template(),
+        chat_template=family_template(family),
         # The official code writes begin-of-text as a constant; a tokenizer may call another token that.
         bos_token="<s>",
         **kwargs,
@@ -53,6 +55,34 @@ def test_text_of_every_golden_prompt(name):
     placed, rest = question.count("<image>\n"), question.replace("<image>\n", "")
     if "<image>" not in rest:
         assert render([user(*[IMAGE] * placed, text(rest))]) == case["prompt_text"]
+
+
+@pytest.mark.parametrize("case", lavida_cases.all_cases(), ids=lambda case: case.name)
+def test_text_of_every_lavida_prompt(case):
+    family = LAVIDA_DREAM if case.variant == "lavida-dream" else LAVIDA_LLADA
+    images, question = [IMAGE] * bool(case.image_record), case.raw["question"]
+    assert render([user(*images, text(question))], family) == case.prompt_text
+    assert render([user("<image>\n" * len(images) + question)], family) == case.prompt_text
+
+
+def test_dreams_turns():
+    """Contents are not trimmed, and there is no begin of text."""
+    answer = {"role": "assistant", "content": "Hello. "}
+    whole = render(
+        [{"role": "system", "content": "Be brief."}, user(" Hi"), answer, user(text("b"), IMAGE)], LAVIDA_DREAM
+    )
+    assert whole == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi<|im_end|>\n"
+        "<|im_start|>assistant\nHello. <|im_end|>\n<|im_start|>user\nb<image>\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+    own = render([user(IMAGE, text("Is <image> red? "))], LAVIDA_DREAM)
+    assert own.endswith("<|im_start|>user\nIs <image> red? <|im_end|>\n<|im_start|>assistant\n")
+    for message, what in (
+        (user({"type": "video"}), "video"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock"}}]}, "tool_calls"),
+    ):
+        with pytest.raises(TemplateError, match=what):
+            render([message], LAVIDA_DREAM)
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
@@ -106,7 +136,8 @@ DEMO = json.loads((Path(__file__).parents[2] / "examples/demo_model/tokenizer_co
     "chat_template"
 ]
 ABOUT_IMAGES = {
-    "ours": family_template(),
+    "ours": family_template(LLADA_V),
+    "Dream's": family_template(LAVIDA_DREAM),
     "demo model": DEMO,
     "type": PARTS + "{% if part['type'] == 'image' %}@{% endif %}{% endfor %}{% endfor %}",
     "type of OpenAI": PARTS + "{% if part.type == 'image_url' %}@{% endif %}{% endfor %}{% endfor %}",
@@ -137,21 +168,21 @@ TEXT_TEMPLATES = {
 def test_templates_about_images(name):
     template = ABOUT_IMAGES[name]
     assert mentions_images(template)
-    assert choose([template]).template == template
+    assert choose([template], LLADA_V).template == template
     # vLLM's pick comes first, but only if it knows images.
-    assert choose([TEXT_ONLY, template]).template == choose([None, template]).template == template
+    assert choose([TEXT_ONLY, template], LLADA_V).template == choose([None, template], LLADA_V).template == template
 
 
 @pytest.mark.parametrize("name", TEXT_TEMPLATES)
 def test_text_templates_give_way_to_the_official_conversation(name):
     template = TEXT_TEMPLATES[name]
     assert not mentions_images(template)
-    chosen = choose([template])
-    assert chosen.template == family_template() and "does not mention images" in chosen.origin
-    assert LLADA_V.name in chosen.origin and "none" in choose([None]).origin
+    chosen = choose([template], LLADA_V)
+    assert chosen.template == family_template(LLADA_V) and "does not mention images" in chosen.origin
+    assert LLADA_V.name in chosen.origin and "none" in choose([None], LLADA_V).origin
 
 
 def test_variables_of_a_template():
     assert reads_variable("{% if tools %}{{ tools | tojson }}{% endif %}", "tools")
-    assert not reads_variable(family_template(), "tools") and not reads_variable("{{ tools", "tools")
+    assert not reads_variable(family_template(LLADA_V), "tools") and not reads_variable("{{ tools", "tools")
     assert not reads_variable("{% set tools = [] %}{{ tools }}", "tools")

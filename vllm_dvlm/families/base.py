@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# LLaVA's text for an image, in every family that builds on it.
+IMAGE_PLACEHOLDER = "<image>"
+
 
 @dataclass(frozen=True)
 class TokenTexts:
@@ -58,7 +61,7 @@ class Family:
     tokens: TokenTexts
     chat_template: str
     default_canvas_len: int
-    image_placeholder: str = "<image>"
+    image_placeholder: str = IMAGE_PLACEHOLDER
     default_block_len: int | None = None
     default_steps: int | None = None
     attentions: tuple[str, ...] = ("full",)

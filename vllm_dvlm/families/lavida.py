@@ -15,7 +15,8 @@ LAVIDA_LLADA = Family(
     model="vllm_dvlm.models.lavida:LlavaLladaForMaskedDiffusion",
     config="vllm_dvlm.models.lavida_configuration:LavidaLladaConfig",
     tokens=TokenTexts(mask="<|mdm_mask|>", end_of_turn="<|eot_id|>", bos="<|startoftext|>", eos="<|endoftext|>"),
-    chat_template="lavida_llada.jinja",
+    # The same conversation as LLaDA-V's.
+    chat_template="llava_llada.jinja",
     # The official predict script's max_new_tokens and block_length.
     default_canvas_len=64,
     default_block_len=64,

@@ -1,8 +1,9 @@
 """Which Jinja template writes a conversation: one the user names, the checkpoint's own if it knows images, else the
 family's.
 
-The official code never asks the tokenizer for a template; its conversation is a constant. But the tokenizer files of a
-LLaDA-V folder carry LLaDA's template, which knows neither the system text nor images. Nothing of vLLM is imported here.
+The official code never asks the tokenizer files for a template: the conversation is a constant (LLaDA-V) or that of the
+language model's own release behind a constant system text (LaViDa). But the tokenizer files of such a folder carry the
+language model's template, which knows neither the system text nor images. Nothing of vLLM is imported here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jinja2
 import jinja2.meta
 from jinja2 import nodes
 
-from vllm_dvlm.families import LLADA_V, Family
+from vllm_dvlm.families import Family
 
 # A string of this form is a key or a type ('image', 'image_url'), not prose.
 _IMAGE_WORD = re.compile(r"[\w-]*image[\w-]*", re.IGNORECASE)
@@ -34,13 +35,13 @@ class Choice(NamedTuple):
     origin: str
 
 
-def family_template(family: Family = LLADA_V) -> str:
+def family_template(family: Family) -> str:
     """The official conversation of a family as a Jinja template."""
     folder = resources.files("vllm_dvlm") / "chat_templates"
     return (folder / family.chat_template).read_text(encoding="utf-8")
 
 
-def choose(candidates: Iterable[str | None], family: Family = LLADA_V) -> Choice:
+def choose(candidates: Iterable[str | None], family: Family) -> Choice:
     """The template of a server for which the user names none.
 
     candidates: the checkpoint's own templates, best first; None stands for one that it does not have.

@@ -1,7 +1,7 @@
 """Text of a request to exact prompt ids, and the checks that turn a bad prompt into HTTP 400.
 
 vLLM picks a renderer by `tokenizer_mode`; `configure_model` sets it, so no flag is needed.
-Source: tests/golden/llada_v/README.md, points 1 to 3.
+Source: tests/golden/llada_v/README.md, points 1 to 3, and tests/golden/lavida/README.md, "Prompt".
 """
 
 import os
@@ -21,7 +21,7 @@ from vllm.tokenizers.registry import TokenizerRegistry
 from vllm_dvlm import admission
 from vllm_dvlm.admission import PROMPT_LIMITS_KEY, SPELLING_KEY, PromptLimits
 from vllm_dvlm.errors import InvalidRequest, refusals_are_value_errors
-from vllm_dvlm.families import LLADA_V
+from vllm_dvlm.families.base import IMAGE_PLACEHOLDER
 from vllm_dvlm.models import chat_template
 from vllm_dvlm.models.configuration import resolve_image_token_id, resolve_token_ids
 from vllm_dvlm.models.media import address_errors_are_refusals
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-TOKENIZER_MODE = "llava_llada"
-IMAGE_PLACEHOLDER = LLADA_V.image_placeholder
+# vLLM's key of a renderer; one for all families, which the config tells apart.
+TOKENIZER_MODE = "vllm_dvlm"
 # Default of VLLM_MAX_IMAGE_PIXELS: a file of a few kB may announce more and cost seconds and GBs.
 _MAX_IMAGE_PIXELS = 64 * 2**20
 
 
 def register_renderer() -> None:
-    """Make `tokenizer_mode="llava_llada"` known to vLLM in this process. Twice is as good as once.
+    """Make `tokenizer_mode="vllm_dvlm"` known to vLLM in this process. Twice is as good as once.
 
     The tokenizer is vLLM's ordinary one for Hugging Face checkpoints.
     """
     if TOKENIZER_MODE not in RENDERER_REGISTRY.renderers:
-        RENDERER_REGISTRY.register(TOKENIZER_MODE, __name__, LLaDAVRenderer.__name__)
+        RENDERER_REGISTRY.register(TOKENIZER_MODE, __name__, MaskedDiffusionRenderer.__name__)
     if TOKENIZER_MODE not in TokenizerRegistry.tokenizers:
         TokenizerRegistry.register(TOKENIZER_MODE, *TokenizerRegistry.tokenizers["hf"])
 
@@ -75,11 +75,12 @@ def configure_model(model_config: "ModelConfig") -> None:
         mm_config.mm_processor_cache_type = "processor_only"
 
 
-class LLaDAVRenderer(HfRenderer):
-    """vLLM's renderer for Hugging Face tokenizers, with LLaDA-V's conversation and its cut at `<image>`."""
+class MaskedDiffusionRenderer(HfRenderer):
+    """vLLM's renderer for Hugging Face tokenizers, with the family's conversation and its cut at `<image>`."""
 
     def __init__(self, config: "VllmConfig", tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
+        self.placeholder = self.model_config.hf_config.family.image_placeholder
         p003_stream_status.install()
         if self.tokenizer is not None:
             self._prepare_tokenizer()
@@ -108,7 +109,7 @@ class LLaDAVRenderer(HfRenderer):
         tokenizer.chat_template = {**own, "default": chosen} if isinstance(own, dict) else chosen
         tokenizer.init_kwargs = {**tokenizer.init_kwargs, "chat_template": chosen}
         self.image_token_id = resolve_image_token_id(self.model_config.hf_config, tokenizer)
-        name_token(tokenizer, self.image_token_id, IMAGE_PLACEHOLDER)
+        name_token(tokenizer, self.image_token_id, self.placeholder)
 
     def warmup(self, chat_params: "ChatParams") -> None:
         """As vLLM's, which calls it once at start-up; says which chat template is used from now on."""
@@ -220,10 +221,10 @@ class LLaDAVRenderer(HfRenderer):
         too many and `check_placeholders` sees it.
         """
         if self.mm_processor is not None and params.chat_template_content_format == "openai":
-            check_places(conversation, IMAGE_PLACEHOLDER)
+            check_places(conversation, self.placeholder)
 
     def _tokenize_prompt(self, prompt: "TextPrompt", params: "TokenizeParams") -> "TokensPrompt":
-        if IMAGE_PLACEHOLDER not in prompt["prompt"]:
+        if self.placeholder not in prompt["prompt"]:
             return super()._tokenize_prompt(prompt, params)
         tokenizer = self.get_tokenizer()
         # Not cut to length piece by piece; vLLM checks and truncates the whole afterwards.
@@ -232,6 +233,7 @@ class LLaDAVRenderer(HfRenderer):
             lambda text: tokenizer(text, add_special_tokens=params.add_special_tokens, truncation=False)["input_ids"],
             tokenizer.bos_token_id,
             self.image_token_id,
+            self.placeholder,
         )
         return self._build_tokens_prompt(token_ids, prompt)
 
@@ -262,10 +264,12 @@ class LLaDAVRenderer(HfRenderer):
             )
 
 
-def tokenize_pieces(text: str, encode: Any, bos_token_id: int | None, image_token_id: int) -> list[int]:
+def tokenize_pieces(
+    text: str, encode: Any, bos_token_id: int | None, image_token_id: int, placeholder: str = IMAGE_PLACEHOLDER
+) -> list[int]:
     """Ids of a text whose `<image>`s stand for images [3].
 
-    The text is cut at `<image>` and each piece is encoded alone. Where the first piece begins with
+    The text is cut at `placeholder` and each piece is encoded alone. Where the first piece begins with
     BOS, the reference takes it that the tokenizer puts one before every piece and removes the first
     token of each later piece, whatever it is; training did so, too.
 
@@ -273,7 +277,7 @@ def tokenize_pieces(text: str, encode: Any, bos_token_id: int | None, image_toke
         encode: text to list of ids.
         image_token_id: one stands between pieces.
     """
-    first, *others = (encode(piece) for piece in text.split(IMAGE_PLACEHOLDER))
+    first, *others = (encode(piece) for piece in text.split(placeholder))
     drop = int(bool(first) and first[0] == bos_token_id)
     token_ids = list(first)
     for piece in others:
@@ -292,7 +296,7 @@ def default_template(tokenizer: Any, model_config: "ModelConfig", with_tools: bo
     ]
     # The files of a processor may have several, which vLLM hands over together.
     from_files = [found.get("default") if isinstance(found, dict) else found for found in from_files]
-    return chat_template.choose(from_files)
+    return chat_template.choose(from_files, model_config.hf_config.family)
 
 
 def _spelled(prompts: Any, tok_params: Any, chat_params: "ChatParams | None" = None) -> Any:
