@@ -51,10 +51,16 @@ class Decoder:
         options: dict[str, Any],
         importance: torch.Tensor | None = None,
         refresh_also: Collection[int] = (),
+        is_prefix: bool = False,
+        forbidden: Collection[int] = FORBIDDEN_IDS,
     ) -> None:
-        """importance: [N] given from outside, for methods that read no attention. refresh_also: numbers of steps."""
+        """importance: [N] given from outside, for methods that read no attention. refresh_also: numbers of steps.
+
+        is_prefix: the prompt attends to itself only and is computed in the first step and those of ``refresh_also``.
+        """
         self.model, self.text, self.options = model, model.text, options
         self.importance, self.refresh_also = importance, refresh_also
+        self.is_prefix, self.forbidden = is_prefix, list(forbidden)
         self.rows = prompt.embeddings  # [prompt, D]
         self.visual = torch.cat([torch.arange(*span) for span in prompt.visual_spans])
         self.canvas = torch.full((options["diffusion_canvas_length"],), MASK_ID)
@@ -80,20 +86,21 @@ class Decoder:
                     break
                 self._step(start, start + block, i, schedule[i] if i < num_steps else 0)
         self.result.canvas = self.canvas.tolist()
-        assert EOT_ID not in self.result.canvas, "stops are not covered here"
+        assert self.is_prefix or EOT_ID not in self.result.canvas, "stops are not covered here"
         return self.result
 
     def _step(self, start: int, end: int, i: int, scheduled: int) -> None:
         interval, factor = self.options.get("diffusion_refresh_interval", 1), self.options.get("diffusion_threshold")
         is_first = not self.result.steps
         before = self.prompt_len
-        refresh = i % interval == 0 or len(self.result.steps) in self.refresh_also
-        first = 0 if refresh else self.prompt_len + start
+        refresh = is_first if self.is_prefix else i % interval == 0
+        refresh |= len(self.result.steps) in self.refresh_also
+        first = 0 if refresh else self.prompt_len + (0 if self.is_prefix else start)
         hidden = self._forward(first, is_first)
         is_open = self.canvas == MASK_ID
         rows = (is_open & (torch.arange(len(self.canvas)) < end)).nonzero()[:, 0]
         logits = self.text.logits(hidden[rows - len(self.canvas)])
-        logits[:, list(FORBIDDEN_IDS)] = -torch.inf
+        logits[:, self.forbidden] = -torch.inf
         best = logits.topk(2)
         self.result.at_most("token", float((best.values[:, 0] - best.values[:, 1]).min()))
         confidence = logits.double().softmax(-1).amax(-1)
@@ -142,7 +149,10 @@ class Decoder:
             old_k, old_v = self.cache[i]
             k, v = torch.cat([old_k[:first], k]), torch.cat([old_v[:first], v])
         scores = torch.einsum("rhe,the->hrt", self._turn(q, self.angles[first:]), self._turn(k, self.angles))
-        weights = (scores * q.shape[-1] ** -0.5).softmax(-1)
+        scores *= q.shape[-1] ** -0.5
+        if self.is_prefix and first == 0:
+            scores[:, : self.prompt_len, self.prompt_len :] = -torch.inf
+        weights = scores.softmax(-1)
         if is_first:
             self.attention.append(weights.mean(0))
         x = x + F.linear(torch.einsum("hrt,the->rhe", weights, v).flatten(1), layer["out"])
@@ -181,7 +191,7 @@ class Decoder:
     def _prune(self, importance: torch.Tensor) -> torch.Tensor:
         """Shorten prompt, angles and cache; returns the rows [T'] of the old sequence that are left."""
         num_visual = len(self.visual)
-        count = max(1, int(num_visual * self.options["prune_keep_ratio"]))
+        count = max(1, int(num_visual * self.options.get("prune_keep_ratio", 0.5)))
         ranked = importance.argsort(descending=True, stable=True)
         self.result.importance, self.result.kept = importance, ranked[:count].sort().values.tolist()
         if count < num_visual:

@@ -43,7 +43,7 @@ def test_architectures_tell_the_families_apart():
     for family in (LLADA_V, LAVIDA_LLADA, LAVIDA_DREAM):
         assert family_of([family.architecture]) is family
     assert LLADA_V.model_type == LAVIDA_LLADA.model_type
-    assert LLADA_V.prompt_attends_canvas and not LAVIDA_LLADA.prompt_attends_canvas
+    assert LLADA_V.attentions == ("full",) and LAVIDA_LLADA.attentions[0] == LAVIDA_DREAM.attentions[0] == "prefix"
 
 
 @KINDS
