@@ -53,6 +53,7 @@ class Decoder:
         refresh_also: Collection[int] = (),
         is_prefix: bool = False,
         forbidden: Collection[int] = FORBIDDEN_IDS,
+        draft: Collection[int] = (),
     ) -> None:
         """importance: [N] given from outside, for methods that read no attention. refresh_also: numbers of steps.
 
@@ -64,6 +65,8 @@ class Decoder:
         self.rows = prompt.embeddings  # [prompt, D]
         self.visual = torch.cat([torch.arange(*span) for span in prompt.visual_spans])
         self.canvas = torch.full((options["diffusion_canvas_length"],), MASK_ID)
+        self.canvas[: len(draft)] = torch.tensor([*draft], dtype=torch.int64)
+        self.given = self.canvas != MASK_ID
         self.angles = torch.arange(self.prompt_len + len(self.canvas))  # rotary positions of the sequence
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []  # per layer unrotated keys, values [T, H, E]
         self.attention: list[torch.Tensor] = []  # per layer [T, T], mean over heads
@@ -174,7 +177,7 @@ class Decoder:
         is_text = torch.ones(self.prompt_len, dtype=torch.bool)
         is_text[self.visual] = False
         rows = {
-            "masked": canvas[~is_committed],
+            "masked": canvas[~is_committed & ~self.given],
             "committed": canvas[is_committed],
             "last": canvas[-1:],
             "response_prompt": torch.cat([is_text.nonzero()[:, 0], canvas]),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests import tiny_lavida
+from tests.engine.run_lavida import request_of
 from tests.golden import lavida_cases as cases
 from vllm_dvlm.bench.lavida_files import DREAM, LLADA
 
@@ -41,21 +42,6 @@ def make_engine(tmp_path_factory):
     yield make
     for made in alive.values():
         made.close()
-
-
-def request_of(case, **changes):
-    from vllm import SamplingParams
-
-    prompt = {"prompt": case.prompt_text}
-    if case.image_record is not None:
-        prompt["multi_modal_data"] = {"image": cases.image(case)}
-    if ratio := case.config_overrides.get("image_aspect_ratio"):
-        prompt["mm_processor_kwargs"] = {"image_aspect_ratio": ratio}
-    options = cases.extra_args(case) | {"diffusion_trace": 1} | changes.pop("extra_args", {})
-    if case.kind is DREAM:
-        options["diffusion_top_k"] = case.settings["top_k"] or 0
-    values = {"temperature": 0, "max_tokens": case.settings["max_new_tokens"], "ignore_eos": True} | changes
-    return prompt, SamplingParams(extra_args=options, **values)
 
 
 def assert_recorded(engine, case, output):

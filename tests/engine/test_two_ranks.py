@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests import tiny_lavida
-from tests.engine import pruned_reference
+from tests.engine import pruned_reference, run_lavida
 from tests.engine.pruned_checks import assert_clear
 from tests.engine.run_cases import NOISE, NOISY_OPTIONS, ROOT, assert_recorded, run
 from tests.golden import cases, lavida_cases
-from vllm_dvlm.bench.lavida_files import KINDS
+from vllm_dvlm.bench.lavida_files import DREAM, KINDS
 from vllm_dvlm.bench.reference.lavida_model import LavidaModel
 
 TEXT, CACHED = "a1_text_single_block", "g12_fast_k2_r8_none"
@@ -125,3 +125,11 @@ def test_a_lavida_model_in_two_parts(kind, tmp_path):
             expected = model.text.logits(model.text.forward(whole[None]))[0, case.prompt_len :]
         assert torch.equal(first[case.name], second[case.name])
         assert torch.allclose(first[case.name], expected, rtol=1e-3, atol=5e-3)
+
+
+def test_a_prompt_that_is_computed_once(tmp_path):
+    """Grouped KV heads, prefix and full attention, shifted logits: one KV head on each of two ranks."""
+    names = ["dream_img_prefix_shift", "dream_text_prefix_entropy", "dream_text_full_maskgit"]
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    found = run_lavida.run(tiny_lavida.checkpoint(tmp_path, DREAM), tmp_path / "out.json", engine, names)
+    assert found == {name: lavida_cases.load(name).final_ids for name in names}
