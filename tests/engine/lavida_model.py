@@ -67,7 +67,7 @@ class LoadedModel:
     @torch.inference_mode()
     def hidden(self, embeddings):
         """[T, hidden] -> final hidden states of one pass in which every row attends to every row."""
-        self.plan.keeps_kv, self.plan.whole_spans = False, [(0, len(embeddings))]
+        self.plan.keeps_kv, self.plan.whole_spans = False, [(0, len(embeddings), 0)]
         with set_current_vllm_config(self.config):
             return self.model(None, torch.arange(len(embeddings)), inputs_embeds=embeddings)
 
