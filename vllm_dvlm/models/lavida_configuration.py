@@ -94,7 +94,11 @@ class LavidaLladaConfig(LavidaConfig):
 
 
 class LavidaDreamConfig(LavidaConfig):
-    """config.json of a LaViDa-Dream checkpoint; Dream has the names and sizes of Qwen2."""
+    """config.json of a LaViDa-Dream checkpoint; Dream has the names and sizes of Qwen2.
+
+    The model is as long as its prompts may be, `tokenizer_model_max_length`, where the official code cuts them: a step
+    computes whole sequences, so Qwen2's 131,072 positions would size every buffer.
+    """
 
     family = LAVIDA_DREAM
     model_type = LAVIDA_DREAM.model_type
@@ -111,3 +115,8 @@ class LavidaDreamConfig(LavidaConfig):
     qkv_bias: bool = True
 
     default_theta = 1000000.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if longest := kwargs.get("tokenizer_model_max_length"):
+            self.max_position_embeddings = min(self.max_position_embeddings, longest)
+        super().__post_init__(**kwargs)
