@@ -91,6 +91,8 @@ class DiffusionScheduler(Scheduler):
             raise ValueError("a canvas sees the whole prompt: send it at once, not as a stream of inputs")
         asked = read(params.extra_args, self.settings)
         texts = asked.texts(self._encode, self.hf_config.mask_token_id)
+        if max(texts.draft, default=0) >= self.hf_config.vocab_size:
+            raise ValueError(f"diffusion_draft contains ids outside the vocabulary of {self.hf_config.vocab_size}")
         room = self.max_model_len - request.num_prompt_tokens
         resolved = place(asked, params.max_tokens, self.settings, room, texts)
         plan = resolved.plan(request.num_prompt_tokens)

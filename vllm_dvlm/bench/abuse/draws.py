@@ -8,6 +8,8 @@ import io
 import random
 from typing import TYPE_CHECKING, Any
 
+from vllm_dvlm.bench.checkpoint_files import MASK
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -87,6 +89,8 @@ def options(rng: random.Random, has_image: bool, longest: int, exact: bool = Fal
         found["diffusion_threshold"] = rng.choice([0.5, 1, 1.0, 2.5])
     if rng.random() < 0.2:
         found["diffusion_suffix"] = rng.choice([" The end.", "\n", " ."])
+    if rng.random() < 0.2:
+        found["diffusion_draft"] = draft(rng, canvas)
     if not exact and rng.random() < 0.4:
         found["diffusion_refresh_interval"] = rng.choice([1, 2, 3, 8, 32])
     if rng.random() < (0.6 if has_image else 0.1):
@@ -102,6 +106,13 @@ def options(rng: random.Random, has_image: bool, longest: int, exact: bool = Fal
     if "prune_method" not in kept:
         return {name: value for name, value in kept.items() if not name.startswith("prune_")}
     return kept
+
+
+def draft(rng: random.Random, canvas: int) -> list[int]:
+    """Token ids for the start of a canvas, half of them to be filled, one at least."""
+    ids = [rng.choice([MASK, rng.randint(260, 900)]) for _ in range(rng.randint(1, canvas))]
+    ids[rng.randrange(len(ids))] = MASK
+    return ids
 
 
 def sampling(rng: random.Random) -> dict[str, Any]:

@@ -21,7 +21,8 @@ OPTION_NAMES = (
     *("diffusion_canvas_length", "diffusion_block_length", "diffusion_max_steps", "diffusion_remasking"),
     *("diffusion_threshold", "diffusion_schedule", "diffusion_schedule_shift", "diffusion_refresh_interval"),
     *("diffusion_cfg_scale", "diffusion_suffix", "diffusion_stream", "prune_method", "prune_keep_ratio"),
-    *("prune_layer", "prune_rows", "prune_positions", "diffusion_trace"),
+    *("prune_layer", "prune_rows", "prune_positions", "diffusion_trace", "diffusion_draft", "diffusion_attention"),
+    *("diffusion_step_ratio", "diffusion_top_k", "_dvlm_placed"),
     *("diffusion_block_lenght", "max_canvas_length", "_dvlm_resume", "session_id", "kv_cache_report_mode", "", "é"),
 )
 PARAMETER_NAMES = (

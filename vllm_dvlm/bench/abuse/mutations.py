@@ -68,11 +68,11 @@ def _length(rng: random.Random, body: Body) -> str:
 
 def _unicode(rng: random.Random, body: Body) -> str:
     text = rng.choice(UNICODE)
-    where = rng.choice(["prompt", "prompt", "stop", "suffix", "model", "role", "user"])
+    where = rng.choice(["prompt", "prompt", "stop", "suffix", "draft", "model", "role", "user"])
     if where == "stop":
         body["stop"] = text
-    elif where == "suffix":
-        body["vllm_xargs"] = {"diffusion_suffix": text}
+    elif where in ("suffix", "draft"):
+        body["vllm_xargs"] = {f"diffusion_{where}": text}
     elif where in ("model", "user"):
         body[where] = text
     elif "prompt" in body or "input" in body:
