@@ -13,6 +13,8 @@ from vllm_dvlm.option_checks import choice, draft, integer, number, optional, sw
 from vllm_dvlm.pruning.names import ROWS, known_methods
 
 REMASKING = ("low_confidence", "random", "entropy", "margin")
+# Names in the official code of one family or another.
+REMASKING_ALIASES = {"entrophy": "entropy", "topk_margin": "margin", "maskgit_plus": "low_confidence"}
 SCHEDULES = ("uniform", "linear", "shift", "cosine", "logit_normal")
 STREAMS = ("committed", "provisional")
 POSITIONS = ("renumber", "keep")
@@ -114,11 +116,15 @@ def parse(raw: Mapping[str, Any], base: DenoiseParams | None = None) -> DenoiseP
     return replace(base or DenoiseParams(), **values)
 
 
+def _official(remasking: Any) -> Any:
+    return REMASKING_ALIASES.get(remasking, remasking) if isinstance(remasking, str) else remasking
+
+
 _CHECKS: dict[str, Any] = {
     "diffusion_canvas_length": optional(lambda k, v: integer(k, v, 1)),
     "diffusion_block_length": optional(lambda k, v: integer(k, v, 1)),
     "diffusion_max_steps": optional(lambda k, v: integer(k, v, 1)),
-    "diffusion_remasking": lambda k, v: choice(k, v, REMASKING),
+    "diffusion_remasking": lambda k, v: choice(k, _official(v), REMASKING),
     "diffusion_top_k": optional(lambda k, v: integer(k, v, 0)),
     "diffusion_threshold": optional(lambda k, v: number(k, v, "a number > 0", lambda x: x > 0)),
     "diffusion_step_ratio": optional(lambda k, v: number(k, v, "a number in (0, 1]", lambda x: 0 < x <= 1)),

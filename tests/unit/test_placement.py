@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dvlm.families.base import Family, TokenTexts
-from vllm_dvlm.options import REMASKING, DenoiseParams
+from vllm_dvlm.options import REMASKING, REMASKING_ALIASES, DenoiseParams
 from vllm_dvlm.placement import MASKED, ResolvedParams, Texts, check_lengths, draft_tokens, read, resolve
 from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.terms import Plan
@@ -177,6 +177,11 @@ def test_every_option_is_documented_and_parsed():
         assert field.metadata["doc"] and field.metadata["values"]
         given = {field.name: getattr(DenoiseParams(), field.name)}
         assert resolve(given, 16, SERVER) == resolve({}, 16, SERVER), field.name
+
+
+@pytest.mark.parametrize(("alias", "name"), REMASKING_ALIASES.items())
+def test_remasking_by_its_official_name(alias, name):
+    assert resolve({"diffusion_remasking": alias}, 16, SERVER).options.diffusion_remasking == name
 
 
 @pytest.mark.parametrize("name", REMASKING)
