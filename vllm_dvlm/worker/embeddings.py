@@ -15,7 +15,7 @@ from vllm_dvlm.worker.states import NUM_FIELDS
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    from vllm_dvlm.worker.model_state import DiffusionModelState
+    from vllm_dvlm.worker.shared import WorkerState
     from vllm_dvlm.worker.states import RequestSlot
 
 
@@ -26,7 +26,7 @@ class StepEmbeddings:
         none and would feed the model its own token ids, which know nothing of the canvas.
     """
 
-    def __init__(self, state: DiffusionModelState) -> None:
+    def __init__(self, state: WorkerState) -> None:
         self.state = state
         if state.supports_mm_inputs:
             self.buffer = state.encoder_runner.inputs_embeds

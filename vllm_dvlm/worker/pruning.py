@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm_dvlm.denoise.step import StepOutput
     from vllm_dvlm.models.llada import LLaDAAttention
     from vllm_dvlm.worker.attention_rows import Segment
-    from vllm_dvlm.worker.model_state import DiffusionModelState
+    from vllm_dvlm.worker.shared import WorkerState
     from vllm_dvlm.worker.states import RequestSlot
 
 
@@ -40,7 +40,7 @@ class StepPruner:
     segments: by layer, what the layers behind it run with; filled in by the model state.
     """
 
-    def __init__(self, state: DiffusionModelState) -> None:
+    def __init__(self, state: WorkerState) -> None:
         self.state = state
         self.jobs: list[PruneJob] = []
         self.segments: dict[int, Segment] = {}

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    from vllm_dvlm.worker.model_state import DiffusionModelState
+    from vllm_dvlm.worker.shared import WorkerState
     from vllm_dvlm.worker.states import RequestSlot
     from vllm_dvlm.worker.step_batch import StepBatch
 
@@ -58,7 +58,7 @@ class DiffusionSampler:
 
     compute_nans = False
 
-    def __init__(self, model_state: DiffusionModelState, sampler: Any) -> None:
+    def __init__(self, model_state: WorkerState, sampler: Any) -> None:
         self.state = model_state
         self.model = model_state.model
         # Read by the runner for features of vLLM's own sampler that we leave alone.
