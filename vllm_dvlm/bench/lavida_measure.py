@@ -20,7 +20,7 @@ from vllm_dvlm.bench.random_lavida import write_random_lavida
 from vllm_dvlm.bench.reference.lavida_loops import LavidaOptions, LavidaResult, lean_loop, official_loop
 from vllm_dvlm.bench.reference.lavida_model import LavidaModel
 
-# By model: the gain of the prefix cache in the LaViDa paper, and the engine against the lean loop.
+# The gain of the prefix cache that the LaViDa paper reports, and the engine against the lean loop.
 CACHE_TARGET, LEAN_TARGET = 3.9, 1.1
 
 
@@ -45,9 +45,7 @@ def _num_visual(side: Side) -> int:
 
 
 def _generation(side: Side, job: Job) -> Generation:
-    return Generation(
-        len(side.prompt.embeddings), _num_visual(side), job.canvas, num_steps(job.canvas, {"step_ratio": STEP_RATIO})
-    )
+    return Generation(len(side.prompt.embeddings), _num_visual(side), job.canvas, int(job.canvas * STEP_RATIO))
 
 
 def _count(side: Side, job: Job, result: Result) -> None:
@@ -102,11 +100,6 @@ def measure_prefix(side: Side, job: Job, result: Result) -> None:
     result.figures[f"L2_overhead_ms_{name}"] = overhead_ms(steps)
 
 
-def num_steps(canvas: int, options: dict[str, Any]) -> int:
-    """Denoising steps of a request."""
-    return int(canvas * options.get("step_ratio", 1))
-
-
 def measure_together(side: Side, job: Job, result: Result) -> None:
     """L6: eight requests at once against one after another, prefix mode.
 
@@ -122,7 +115,8 @@ def measure_together(side: Side, job: Job, result: Result) -> None:
         ("_default", "text prompt in one block", text, job.canvas, whole, None),
     )
     for suffix, what, prompt, length, options, target in settings:
+        steps = int(length * options.get("step_ratio", 1))
         work = [request(prompt, length, attention="prefix", **options)] * BATCH
         key = f"L6_batch{BATCH}_vs_sequential_{side.name}{suffix}"
-        setting = f"{side.name}, {what}, canvas {length}, {num_steps(length, options)} steps, prefix"
+        setting = f"{side.name}, {what}, canvas {length}, {steps} steps, prefix"
         measure_batch(side.host, key, setting, work, job.repeats, target, result)
