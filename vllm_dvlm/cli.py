@@ -10,7 +10,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(dest="bench", required=True)
 
-    from vllm_dvlm.bench import capacity, engine, frontier, latency, pruning_report, quality, throughput
+    from vllm_dvlm.bench import capacity, engine, frontier, latency, lavida, pruning_report, quality, throughput
     from vllm_dvlm.bench.abuse import command as abuse
 
     for name, module, text in (
@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("quality", quality, "exact match of answers for modes, pruning methods and keep ratios"),
         ("frontier", frontier, "quality against throughput: exact match and answers per second side by side"),
         ("pruning", pruning_report, "latency, throughput and capacity in one table and one plot"),
+        ("lavida", lavida, "LaViDa: prefix cache against full attention, pruning with both, a batch"),
         ("abuse", abuse, "bad requests, aborts, random batches, killed processes, many requests: what holds"),
     ):
         sub = bench.add_parser(name, help=text)

@@ -3,7 +3,16 @@
 import pytest
 
 from vllm_dvlm.bench.checkpoint_files import SIZES_8B
-from vllm_dvlm.bench.counted import LLADA_8B, Generation, Shape, flops, ideal_speedup, keep_ratio_for, work_shares
+from vllm_dvlm.bench.counted import (
+    LLADA_8B,
+    Generation,
+    Shape,
+    flops,
+    ideal_speedup,
+    keep_ratio_for,
+    prefix_speedup,
+    work_shares,
+)
 
 # The papers' setting, and the shape of `bench pruning`.
 WORK = Generation(prompt_len=3729, num_visual=3669, canvas_len=32, num_steps=16)
@@ -41,3 +50,13 @@ def test_keep_ratio_for_a_saving():
 
 def test_nothing_pruned_is_nothing_saved():
     assert ideal_speedup(LLADA_8B, WORK, 1.0) == 1
+
+
+def test_a_prompt_that_is_computed_once():
+    """LaViDa's settings: what is left is the prompt once and the canvas in every step."""
+    work = Generation(prompt_len=1068, num_visual=1008, canvas_len=64, num_steps=32)
+    rows = (32 * (1068 + 64)) / (1068 + 32 * 64)
+    assert prefix_speedup(LLADA_8B, work) == pytest.approx(rows, rel=0.05)
+    assert prefix_speedup(LLADA_8B, Generation(1068, 1008, 64, 1)) == pytest.approx(1, abs=0.05)
+    # Vocabulary logits are the same on both sides, and most of what a narrow model does.
+    assert prefix_speedup(Shape(64, 4, 128, 126464, 4, 4), work) < rows / 2

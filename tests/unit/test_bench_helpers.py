@@ -12,6 +12,8 @@ from safetensors import safe_open
 from vllm_dvlm.bench import baselines, common
 from vllm_dvlm.bench.checkpoint_files import SIZES_8B, Sizes
 from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
+from vllm_dvlm.bench.random_lavida import write_random_lavida
+from vllm_dvlm.bench.reference.lavida_model import LavidaModel
 from vllm_dvlm.bench.reference.loops import lean_loop
 from vllm_dvlm.bench.reference.model import ReferenceModel
 
@@ -41,6 +43,29 @@ def test_random_checkpoint_repeats_and_refuses(model, tmp_path):
         write_random_checkpoint(tmp_path, Sizes(vocab_rows=1000))
     with pytest.raises(ValueError, match="multiple"):
         write_random_checkpoint(tmp_path, Sizes(hidden=30, heads=4))
+
+
+def test_random_lavida_has_the_same_weights_under_its_own_names(model, tmp_path):
+    from tests.tiny_lavida import tensors
+    from vllm_dvlm.bench.lavida_files import LLADA
+
+    lavida = LavidaModel.load(write_random_lavida(tmp_path, SIZES))
+    assert torch.equal(lavida.text.head, model.text.head)
+    for ours, theirs in zip(lavida.text.layers, model.text.layers, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(lavida.vision.image_newline, model.vision.image_newline)
+    with safe_open(tmp_path / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+    # Two layers of the tiny checkpoint's four.
+    assert names == {name for name in tensors(LLADA) if ".blocks.2." not in name and ".blocks.3." not in name}
+
+
+def test_random_lavida_with_a_small_vocabulary(tmp_path):
+    from vllm_dvlm.bench.checkpoint_files import MIN_VOCAB_ROWS, Ids
+
+    sizes = dataclasses.replace(SIZES, vocab_rows=MIN_VOCAB_ROWS)
+    small = LavidaModel.load(write_random_lavida(tmp_path, sizes))
+    assert len(small.text.head) == MIN_VOCAB_ROWS and small.mask_id == Ids(MIN_VOCAB_ROWS).mask
 
 
 def test_a_small_vocabulary_has_the_same_tokens_at_its_end(tmp_path):

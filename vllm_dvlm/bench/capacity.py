@@ -8,7 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vllm_dvlm.bench.common import Row, progress, report
-from vllm_dvlm.bench.pruning_job import CACHED, CAPACITY_SIZES, IMAGE, Job, Measured, key_of, measure
+from vllm_dvlm.bench.pruning_job import CAPACITY_SIZES, Job, Measured, key_of, measure
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def measure_capacity(job: Job) -> Measured:
     from vllm_dvlm.bench.pruning_host import PruningHost
 
     if not job.quick:
-        job = dataclasses.replace(job, image=IMAGE)  # prompts of the real length, whatever is timed
+        job = dataclasses.replace(job, image=job.real_image)  # prompts of the real length, whatever is timed
     prompts = job.pool_prompts
     host = PruningHost(
         job, CAPACITY_SIZES, prompts, max_num_seqs=MAX_NUM_SEQS, batched_prompts=prompts, max_canvas_length=64
@@ -57,7 +57,7 @@ def measure_capacity(job: Job) -> Measured:
     for keep in progress(job.keep_ratios, "in flight"):
         short = host.kv_blocks(keep)
         bound = most_in_flight(pool, whole, short)
-        work = [host.request(keep, CACHED, **options)] * min(MAX_NUM_SEQS, bound + 2)
+        work = [host.request(keep, cached=True, **options)] * min(MAX_NUM_SEQS, bound + 2)
         full = host.run(work, until=_settled)
         steady = host.run(work[:few], max_steps=2)
         unpruned = unpruned or full.max_running

@@ -62,6 +62,18 @@ def flops(config: object, work: Generation, keep_ratio: float = 1.0, layer: int 
     return first + (work.num_steps - 1) * step_flops(config, short, short.total_len, None, None)
 
 
+def prefix_speedup(config: Shape, work: Generation) -> float:
+    """Times fewer multiply-adds if the prompt attends to itself alone and is computed once, without pruning.
+
+    Vocabulary logits, of the positions still masked, are part of both sides.
+    """
+    plan = dataclasses.replace(work.plan, caches_prompt=True)
+    first = step_flops(config, plan, plan.total_len, None, None)
+    prefix = first + (work.num_steps - 1) * step_flops(config, plan, plan.canvas_len, None, None)
+    logits = work.logits_rows * config.hidden_size * config.vocab_size
+    return (flops(config, work) + logits) / (prefix + logits)
+
+
 def ideal_speedup(config: object, work: Generation, keep_ratio: float) -> float:
     """Times fewer multiply-adds of the layers by pruning behind the first step."""
     return flops(config, work) / flops(config, work, keep_ratio)

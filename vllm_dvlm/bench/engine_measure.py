@@ -57,13 +57,22 @@ class Side:
     reference_encode_s: float
 
     @classmethod
-    def start(cls, name: str, folder: Path, image: Image.Image, max_num_seqs: int) -> "Side":
+    def start(
+        cls,
+        name: str,
+        folder: Path,
+        image: Image.Image,
+        max_num_seqs: int,
+        reference: type[ReferenceModel] = ReferenceModel,
+        num_first: int = BATCH,
+    ) -> "Side":
+        """`num_first`: requests of the first batch."""
         host = EngineHost(folder, max_model_len=4096, max_num_seqs=max_num_seqs, max_canvas_length=128)
         engine_prompt = {"prompt": conversation(QUESTION), "multi_modal_data": {"image": image}}
         # Warms up, fills the encoder cache, and reaches the engine's peak memory.
-        host.run([request(engine_prompt, 4, max_steps=2)] * BATCH)
+        host.run([request(engine_prompt, 4, max_steps=2)] * num_first)
         engine_peak = peak_rss_bytes()
-        model = ReferenceModel.load(folder)
+        model = reference.load(folder)
         ids = Ids(model.config["vocab_size"])
         begin = time.perf_counter()
         model.image_features([image])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dvlm.bench.common import Row, progress, report
 from vllm_dvlm.bench.counted import LLADA_8B, Generation, ideal_speedup, keep_ratio_for, work_shares
-from vllm_dvlm.bench.pruning_job import CACHED, Job, Measured, key_of, measure, merged
+from vllm_dvlm.bench.pruning_job import Job, Measured, key_of, measure, merged
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class Setting:
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def refresh(self) -> int:
-        return 1 if self.mode == "no cache" else CACHED
+    def cached(self) -> bool:
+        return self.mode != "no cache"
 
 
 def generation(host: "PruningHost") -> Generation:
@@ -71,7 +71,7 @@ def counted_at_8b(host: "PruningHost") -> Row:
 def take_turns(host: "PruningHost", settings: list[Setting], label: str) -> dict[Setting, list["Run"]]:
     """Every setting once per repeat, in turn, so that all see the same machine."""
     runs: dict[Setting, list[Run]] = {setting: [] for setting in settings}
-    work = {s: [host.request(s.keep_ratio, s.refresh, s.method, **dict(s.options))] for s in settings}
+    work = {s: [host.request(s.keep_ratio, s.cached, s.method, **dict(s.options))] for s in settings}
     for setting in settings:  # buffers of every size are touched once
         host.run(work[setting], max_steps=2)
     for _ in progress(range(host.job.repeats), label):
@@ -169,7 +169,7 @@ def _measure_first_step(host: "PruningHost", result: Measured) -> None:
     settings = [Setting("cache", job.method, keep) for keep in job.keep_ratios]
     settings += [Setting("cache", method, 0.25) for method in methods if method != job.method]
     settings.append(Setting("cache", job.method, 0.25, (("prune_positions", "keep"),)))
-    work = {s: [host.request(s.keep_ratio, s.refresh, s.method, **dict(s.options))] for s in settings}
+    work = {s: [host.request(s.keep_ratio, s.cached, s.method, **dict(s.options))] for s in settings}
     walls: dict[Setting, list[float]] = {setting: [] for setting in settings}
     cpus: dict[Setting, list[float]] = {setting: [] for setting in settings}
     inside: dict[Setting, list[tuple[float, float]]] = {setting: [] for setting in settings}

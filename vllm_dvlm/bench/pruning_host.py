@@ -22,13 +22,37 @@ from vllm_dvlm.bench.common import Row, describe_run, peak_rss_bytes
 from vllm_dvlm.bench.engine_env import PROCESS_ENV
 from vllm_dvlm.bench.pruning_job import CACHED, Job
 from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
+from vllm_dvlm.bench.random_lavida import write_random_lavida
 from vllm_dvlm.bench.reference.model import conversation, prompt_token_ids
-from vllm_dvlm.models.anyres import ImageLayoutConfig, num_visual_tokens
+from vllm_dvlm.models.anyres import ImageLayoutConfig, lavida_layout, num_visual_tokens
 from vllm_dvlm.terms import cdiv, pruned_prompt_len
 from vllm_dvlm.worker import sampler as sampler_module
 
 Request = tuple[dict[str, Any], SamplingParams]
 KV_BLOCK_SIZE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchFamily:
+    """What differs between model families here.
+
+    write: writes a random checkpoint: folder, sizes, seed. layout: image layout of its config and vision config.
+    exact / cached: options of a request that recomputes everything in every step, and of one that reads KV of earlier
+    steps.
+    """
+
+    write: Callable[..., Path]
+    layout: Callable[..., ImageLayoutConfig]
+    exact: dict[str, Any]
+    cached: dict[str, Any]
+
+
+REFRESH = "diffusion_refresh_interval"
+ATTENTION = "diffusion_attention"
+FAMILIES = {
+    "llada_v": BenchFamily(write_random_checkpoint, ImageLayoutConfig.from_hf_config, {REFRESH: 1}, {REFRESH: CACHED}),
+    "lavida": BenchFamily(write_random_lavida, lavida_layout, {ATTENTION: "full"}, {ATTENTION: "prefix"}),
+}
 QUESTION = "<image>\nPlease describe this image in detail."
 PARTS = ("forward", "logits", "score", "complete")
 
@@ -103,15 +127,15 @@ class PruningHost:
     ) -> None:
         if wrong := {name for name, value in PROCESS_ENV.items() if os.environ.get(name) != value}:
             raise RuntimeError(f"Set {', '.join(sorted(wrong))} as in PROCESS_ENV before vLLM is imported.")
-        self.job = job
+        self.job, self.family = job, FAMILIES[job.family]
         self.folder = Path(job.workdir) / f"model-{sizes.hidden}-{sizes.layers}"
         if not self.folder.exists():
-            write_random_checkpoint(self.folder, sizes, seed=job.seed)
+            self.family.write(self.folder, sizes, seed=job.seed)
         width, height = job.image
         pixels = np.random.RandomState(job.seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
         self.prompt = {"prompt": conversation(QUESTION), "multi_modal_data": {"image": image}}
-        self.prompt_len, self.num_visual = prompt_lengths(self.folder, job.image)
+        self.prompt_len, self.num_visual = prompt_lengths(self.folder, job.image, self.family)
         self.request_blocks = self.kv_blocks(1.0)
         max_len = self.prompt_len + max(64, job.canvas)
         # One more: the null block is never handed out.
@@ -135,7 +159,7 @@ class PruningHost:
         self._parts = dict.fromkeys(PARTS, 0.0)
         self._running = self._free = self._count = 0
         self._time_parts()
-        self.run([self.request(1.0, 1)], max_steps=1)  # fills the encoder cache
+        self.run([self.request(1.0, cached=False)], max_steps=1)  # fills the encoder cache
 
     def request_len(self, keep_ratio: float) -> int:
         """Tokens of a request, canvas included, once it keeps this share of its visual tokens."""
@@ -193,13 +217,13 @@ class PruningHost:
 
     # -- requests ----------------------------------------------------------------------------------------------
 
-    def request(self, keep_ratio: float, refresh: int, method: str | None = None, **options: Any) -> Request:
+    def request(self, keep_ratio: float, cached: bool, method: str | None = None, **options: Any) -> Request:
         """A greedy request; keep ratio 1 is unpruned (`none`), method None the job's."""
         extra: dict[str, Any] = {
             "diffusion_canvas_length": self.job.canvas,
             "diffusion_max_steps": self.job.num_steps,
-            "diffusion_refresh_interval": refresh,
             "prune_method": "none",
+            **(self.family.cached if cached else self.family.exact),
         }
         if keep_ratio < 1:
             extra |= {"prune_method": method or self.job.method, "prune_keep_ratio": keep_ratio}
@@ -255,19 +279,19 @@ class PruningHost:
             image="x".join(map(str, self.job.image)),
             canvas=self.job.canvas,
             steps=self.job.num_steps,
-            cached_refresh_interval=CACHED,
+            **{name.replace("diffusion", "cached"): value for name, value in self.family.cached.items()},
             kv_block_size=self.scheduler.block_size,
             engine_peak_rss_gib=peak_rss_bytes() / 2**30,
         )
 
 
-def prompt_lengths(folder: Path, image_size: tuple[int, int]) -> tuple[int, int]:
+def prompt_lengths(folder: Path, image_size: tuple[int, int], family: BenchFamily) -> tuple[int, int]:
     """(tokens of the prompt, visual tokens among them), from the checkpoint's files alone."""
     from transformers import PreTrainedTokenizerFast
 
     config = json.loads((folder / "config.json").read_text())
     vision = json.loads((folder / config["mm_vision_tower"] / "config.json").read_text())
-    layout = ImageLayoutConfig.from_hf_config(SimpleNamespace(**config), SimpleNamespace(**vision))
+    layout = family.layout(SimpleNamespace(**config), SimpleNamespace(**vision))
     num_visual = num_visual_tokens(*image_size, layout)
     ids = prompt_token_ids(PreTrainedTokenizerFast.from_pretrained(folder), conversation(QUESTION))
     return len(ids) - 1 + num_visual, num_visual

@@ -49,6 +49,8 @@ class Job:
     pool_prompts: int
     throughput_prompts: int
     concurrency: tuple[int, ...]
+    family: str = "llada_v"  # of `pruning_host.FAMILIES`
+    real_image: tuple[int, int] = IMAGE  # of `capacity`, whatever is timed; not in quick runs
 
     @property
     def pruned_ratios(self) -> tuple[float, ...]:
@@ -133,12 +135,12 @@ class AnyJob(Protocol):
     def threads(self) -> int: ...
 
 
-def _call(module: str, function: str, job: AnyJob) -> Measured:
+def _call(module: str, function: str, job: AnyJob) -> Any:
     """In the child: heavy imports happen here, under the environment that the parent has set."""
     return getattr(importlib.import_module(module), function)(job)
 
 
-def in_child(module: str, function: str, job: AnyJob) -> Measured:
+def in_child(module: str, function: str, job: AnyJob) -> Any:
     """`module.function(job)` in a fresh process: an engine, its threads and its peak memory are its own."""
     engine_env.prepare(job.threads)
     context = multiprocessing.get_context("spawn")

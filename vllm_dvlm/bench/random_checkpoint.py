@@ -115,6 +115,26 @@ def _add_projector(t: _Draws, sizes: Sizes) -> None:
     t.normal("model.image_newline", (width,), 1.0)[0] = CONSTANT
 
 
+def random_tensors(
+    sizes: Sizes, seed: int = 0, dtype: torch.dtype = torch.float32, logit_std: float = 3.6
+) -> dict[str, torch.Tensor]:
+    """The weights by their names in a LLaDA-V checkpoint; see `write_random_checkpoint`."""
+    if sizes.vocab_rows < files.MIN_VOCAB_ROWS:
+        raise ValueError(f"vocab_rows must be at least {files.MIN_VOCAB_ROWS}: bytes, words and special tokens.")
+    for width, heads in (
+        (sizes.hidden, 2 * sizes.heads),
+        (sizes.vision_hidden, sizes.vision_heads),
+    ):
+        if width % heads:
+            raise ValueError(f"A width of {width} is no multiple of {heads}: rotary heads have an even width.")
+    t = _Draws(seed, dtype)
+    _add_text(t, sizes)
+    _add_output_head(t, sizes, logit_std)
+    _add_projector(t, sizes)
+    _add_vision(t, sizes, VISION_PREFIX, sizes.vision_layers - 1)
+    return dict(t)
+
+
 def write_random_checkpoint(
     folder: str | Path,
     sizes: Sizes = Sizes(),  # noqa: B008 - frozen
@@ -133,22 +153,9 @@ def write_random_checkpoint(
     Raises ValueError if the vocabulary is smaller than the tokenizer needs or a width does not fit its
     heads.
     """
-    if sizes.vocab_rows < files.MIN_VOCAB_ROWS:
-        raise ValueError(f"vocab_rows must be at least {files.MIN_VOCAB_ROWS}: bytes, words and special tokens.")
-    for width, heads in (
-        (sizes.hidden, 2 * sizes.heads),
-        (sizes.vision_hidden, sizes.vision_heads),
-    ):
-        if width % heads:
-            raise ValueError(f"A width of {width} is no multiple of {heads}: rotary heads have an even width.")
-    folder = Path(folder)
+    folder, tensors = Path(folder), random_tensors(sizes, seed, dtype, logit_std)
     files.write_configs(folder, sizes, str(dtype).removeprefix("torch."))
-    t = _Draws(seed, dtype)
-    _add_text(t, sizes)
-    _add_output_head(t, sizes, logit_std)
-    _add_projector(t, sizes)
-    _add_vision(t, sizes, VISION_PREFIX, sizes.vision_layers - 1)
-    save_file(dict(t), folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

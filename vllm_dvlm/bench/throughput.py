@@ -3,11 +3,15 @@
 import argparse
 import dataclasses
 import statistics
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from vllm_dvlm.bench.common import progress, report
-from vllm_dvlm.bench.pruning_job import CACHED, Job, Measured, key_of, measure, merged
+from vllm_dvlm.bench.pruning_job import Job, Measured, key_of, measure, merged
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
+
+if TYPE_CHECKING:
+    from vllm_dvlm.bench.pruning_host import PruningHost, Run
 
 PARTS = (("vllm_dvlm.bench.throughput", "measure_requests"),)
 
@@ -22,9 +26,24 @@ def measure_every_second(job: Job) -> Measured:
     return measure_requests(dataclasses.replace(job, keep_ratios=(1.0, *job.pruned_ratios[::2])))
 
 
+def take_turns(host: "PruningHost", count: int, ratios: Sequence[float]) -> dict[float, list["Run"]]:
+    """This many requests at once, cache on, for every keep ratio once per repeat."""
+    runs: dict[float, list[Run]] = {keep: [] for keep in ratios}
+    # Many requests are a long measurement in themselves.
+    repeats = host.job.repeats if count == 1 else max(1, host.job.repeats - 1)
+    for repeat in progress(range(1 + repeats), f"{count} at once"):
+        for keep in ratios:
+            work = [host.request(keep, cached=True)] * count
+            if repeat:
+                runs[keep].append(host.run(work))
+            else:
+                host.run(work, max_steps=2)  # buffers of every size are touched once
+    return runs
+
+
 def measure_requests(job: Job) -> Measured:
     """In the child: 1, 4 and 16 requests at once, all of them asked for at the start; pruned against unpruned."""
-    from vllm_dvlm.bench.pruning_host import PruningHost, Run, median_ratio
+    from vllm_dvlm.bench.pruning_host import PruningHost, median_ratio
 
     prompts = job.throughput_prompts
     host = PruningHost(job, job.sizes, prompts, max_num_seqs=max(job.concurrency), batched_prompts=prompts)
@@ -33,15 +52,7 @@ def measure_requests(job: Job) -> Measured:
     ratios = (1.0, *job.pruned_ratios)
     result.description["throughput_pool_kv_blocks"] = pool
     for count in job.concurrency:
-        runs: dict[float, list[Run]] = {keep: [] for keep in ratios}
-        # Many requests are a long measurement in themselves.
-        for repeat in progress(range(1 + (job.repeats if count == 1 else max(1, job.repeats - 1))), f"{count} at once"):
-            for keep in ratios:
-                work = [host.request(keep, CACHED)] * count
-                if repeat:
-                    runs[keep].append(host.run(work))
-                else:
-                    host.run(work, max_steps=2)  # buffers of every size are touched once
+        runs = take_turns(host, count, ratios)
         base = [run.wall_s for run in runs[1.0]]
         for keep in ratios:
             walls = [run.wall_s for run in runs[keep]]

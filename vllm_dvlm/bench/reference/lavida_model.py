@@ -12,7 +12,7 @@ from vllm_dvlm.bench.reference.model import SYSTEM_TEXT, KVCache, ReferenceModel
 from vllm_dvlm.models import anyres
 
 # Names of the LLaDA checkpoint -> those of `TextModel`; Dream has these already.
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "ff_norm": "post_attention_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -23,12 +23,13 @@ _BLOCK_NAMES = {
     "up_proj": "mlp.up_proj",
     "ff_out": "mlp.down_proj",
 }
-_OTHER_NAMES = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+OTHER_NAMES = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 _CONFIG_KEYS = {
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
     "n_layers": "num_hidden_layers",
     "d_model": "hidden_size",
+    "mlp_hidden_size": "intermediate_size",
 }
 
 
@@ -55,8 +56,8 @@ def _text_name(name: str) -> str:
         return name
     layer, part, kind = found.groups()
     if layer is None:
-        return f"{_OTHER_NAMES[part]}.{kind}"
-    return f"model.layers.{layer}.{_BLOCK_NAMES[part]}.{kind}"
+        return f"{OTHER_NAMES[part]}.{kind}"
+    return f"model.layers.{layer}.{BLOCK_NAMES[part]}.{kind}"
 
 
 def conversation(tokenizer, question: str) -> str:
