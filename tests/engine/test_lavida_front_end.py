@@ -103,7 +103,7 @@ def test_no_flag_is_needed(kind, family, front_end):
     model_config = renderer.model_config
     assert model_config.hf_config.family is family and not model_config.trust_remote_code
     assert model_config.tokenizer_mode == TOKENIZER_MODE and model_config.is_multimodal_model
-    assert model_config.max_model_len == {LLADA: 4096, DREAM: 131072}[kind]
+    assert model_config.max_model_len == 4096
     assert family.name in renderer.templates[False].origin
     # Nothing is forbidden; an answer ends with the end of a turn.
     assert resolve_token_ids(model_config.hf_config, renderer.get_tokenizer()) == TokenIds(

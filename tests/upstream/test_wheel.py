@@ -4,6 +4,7 @@ Its dependencies are those of this environment, seen through links: they must be
 """
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,11 @@ OWN = ("vllm_dvlm", "__editable__")
 
 
 def call(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    # Of the fresh environment alone, whatever finds the source tree here.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -88,6 +93,7 @@ def test_a_folder_is_served_with_no_flag(python, checkpoint, tmp_path):
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     names = ("a1_text_single_block", "b1_image_steps_eq_gen")
     settings = {"engine": {}, "cases": [*names], "chat": names[1]}
-    results = run(checkpoint(seed=0), tmp_path / "out.json", python=python, root=tmp_path, **settings)
+    places = {"PYTHONPATH": ""}
+    results = run(checkpoint(seed=0), tmp_path / "out.json", places, python=python, root=tmp_path, **settings)
     assert_recorded(results, *names)
     assert results["chat"]["tokens"] == results[names[1]]["tokens"], "the chat template is in the wheel"
