@@ -17,9 +17,9 @@ from vllm_dvlm.pruning.names import METHODS
 
 # Heads of 64 channels: a size that the CPU attention kernels have, so that nothing is padded.
 SIZES = Sizes(hidden=384, layers=6, heads=6, intermediate=1152)
-QUICK_SIZES = Sizes(hidden=64, layers=4, heads=2, intermediate=128)
-# In flight counts do not depend on the width, and hundreds of prompts of 3,700 tokens have to be computed.
-CAPACITY_SIZES = Sizes(hidden=64, layers=2, heads=2, intermediate=128)
+QUICK_SIZES = Sizes(hidden=64, layers=4, heads=2, intermediate=128, vocab_rows=4096)
+# In flight counts do not depend on width and vocabulary, and hundreds of prompts of 3,700 tokens have to be computed.
+CAPACITY_SIZES = Sizes(hidden=64, layers=2, heads=2, intermediate=128, vocab_rows=4096)
 
 IMAGE, QUICK_IMAGE = (800, 1000), (360, 70)  # 3,669 and about 900 visual tokens
 SHAPES = {"8b": (SIZES_8B, IMAGE_8B), "long": (SIZES, IMAGE)}
