@@ -10,7 +10,7 @@ from vllm_dvlm.bench.abuse.job import PARTS, Counts, Job
 from vllm_dvlm.bench.engine_job import Result
 
 COUNTS = Counts(
-    fuzzed=40, aborts=10, batches=8, distinct=10, operations=400, clients=6, requests=80, warm_up=20, window=40
+    fuzzed=40, aborts=10, batches=8, distinct=10, operations=1000, clients=6, requests=80, warm_up=20, window=40
 )
 
 
