@@ -166,7 +166,8 @@ decoding and visual-token pruning with answers that are right or wrong; it knows
 
 A picture has 168x168 pixels, {layout}
 
-Six cells hold a digit in one of eight colours (red, green, blue, yellow, orange, purple, pink, white). It may be asked, in these words:
+Six cells hold a digit in one of eight colours (red, green, blue, yellow, orange, purple, pink, white). It may be asked,
+in these words:
 
 - `what colour is the 7?` (red)
 - `which digit is red?` (7)
@@ -195,8 +196,9 @@ With visual tokens pruned after the first step, survivors closing up (all kinds 
 
 ## Training
 
-`python examples/train_demo/train.py --out FOLDER --family {family}`, seed {seed}, {threads} threads, {minutes} minutes {how}. Loss curve:
-`loss.png`.
+`python examples/train_demo/train.py --out FOLDER --family {family}`
+
+Seed {seed}, {threads} threads, {minutes} minutes {how}. Loss curve: `loss.png`.
 
 | stage | steps | what |
 | --- | --- | --- |
