@@ -48,15 +48,21 @@ RECIPES = {
         "sequence.",
         Shape(),
     ),
-    # The tower has four times the patches. Whole pictures do not train it: it has learnt to read digits before, and
-    # goes on with small windows full of them.
+    # The tower has four times the patches, so steps take longer, and there are fewer. Whole pictures do not train it: it
+    # has learnt to read digits before, and goes on with small windows full of them.
     "lavida": Recipe(
         "a small LaViDa",
         "12x12 cells of 14 pixels, four patches of 7 pixels each, pooled to one token after the projector: 144 tokens "
         "and a newline token. The prompt attends to itself alone and is computed once (trained with this attention "
         "only).",
         Shape(family=LAVIDA_LLADA, patch=7, splits=2, tower_heads=4),
-        (*STAGES[:3], *(replace(stage, trains_tower=False) for stage in STAGES[3:])),
+        (
+            STAGES[0],
+            replace(STAGES[1], steps=2200),
+            STAGES[2],
+            replace(STAGES[3], steps=200, trains_tower=False),
+            replace(STAGES[4], steps=260, trains_tower=False),
+        ),
     ),
 }
 

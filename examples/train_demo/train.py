@@ -81,7 +81,7 @@ def finish(run: Run, folder: Path, robust: bool, num_questions: int, stages: Seq
         of_kind = [ok for question, ok in zip(asked, right, strict=True) if question.kind == kind]
         scores[kind] = score(sum(of_kind), len(of_kind))
     scores["all"] = score(sum(right), len(right))
-    part = asked[: num_questions // 2]
+    part = asked[: num_questions // 4]
     for method in ("redvtp", "random"):
         for keep_ratio in (0.5, 0.25, 0.1):
             found = answers(run.model, part, Pruning(method, keep_ratio))
