@@ -48,7 +48,7 @@ RECIPES = {
         "sequence.",
         Shape(),
     ),
-    # The tower has four times the patches, so steps take longer, and there are fewer. Whole pictures do not train it: it
+    # The tower has four times the patches, so steps take longer; there are fewer. Whole pictures do not train it: it
     # has learnt to read digits before, and goes on with small windows full of them.
     "lavida": Recipe(
         "a small LaViDa",
