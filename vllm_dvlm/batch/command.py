@@ -60,8 +60,8 @@ def workers_of(arguments: argparse.Namespace, engine_arguments: list[str]) -> li
         raise ValueError(f"--replicas needs Ray: pip install 'vllm-dvlm[ray]' ({error})") from None
     num_gpus = arguments.tensor_parallel_size if has_accelerator() else 0
     actors.connect(arguments.replicas, num_gpus)
-    replicas = arguments.replicas
-    return [actors.RayWorker(engine_arguments, number, replicas, num_gpus) for number in range(replicas)]
+    replicas, in_flight = arguments.replicas, arguments.in_flight
+    return [actors.RayWorker(engine_arguments, number, replicas, num_gpus, in_flight) for number in range(replicas)]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -90,9 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _answer(arguments: argparse.Namespace, ledger: Ledger, num: int, done: int) -> tuple[Totals, float]:
-    from vllm_dvlm.batch.local import keep_in_process
+    from vllm_dvlm.batch.local import has_accelerator, keep_in_process
 
-    if arguments.replicas == 1:
+    if arguments.replicas == 1 and not has_accelerator():
         keep_in_process(None)
     from vllm_dvlm.batch.answerer import chat_fields, parse
 

@@ -16,7 +16,7 @@ from vllm_dvlm.batch.local import keep_in_process
 PLACE_S = 60.0
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=256)
+@ray.remote(max_restarts=0, max_task_retries=0)
 class EngineActor:
     """An engine in a process of Ray's."""
 
@@ -44,38 +44,44 @@ class EngineActor:
 
 
 class RayWorker:
-    """One replica; `number` of `num_replicas`, which share the cores of a CPU host."""
+    """One replica; `number` of `num_replicas`, which share the cores of a CPU host. in_flight: rows that it holds."""
 
-    def __init__(self, arguments: list[str], number: int, num_replicas: int, num_gpus: int) -> None:
+    def __init__(self, arguments: list[str], number: int, num_replicas: int, num_gpus: int, in_flight: int) -> None:
         self._arguments, self._number, self._num_replicas = arguments, number, num_replicas
-        self._num_gpus = num_gpus
+        self._num_gpus, self._in_flight = num_gpus, in_flight
         self._actor: Any = None
         self.pid: int | None = None
 
     async def start(self) -> None:
-        """Make the actor and load; WorkerLost if it ends meanwhile, or finds no place."""
-        self._actor = EngineActor.options(num_gpus=self._num_gpus, num_cpus=1).remote()
+        """Make the actor and load; WorkerLost if it ends meanwhile, or finds no place.
+
+        RuntimeError if the engine says why it cannot start: it would say so again.
+        """
+        options = {"num_gpus": self._num_gpus, "num_cpus": 1, "max_concurrency": self._in_flight + 1}
+        self._actor = EngineActor.options(**options).remote()
         try:
             self.pid = await asyncio.wait_for(self._actor.pid.remote(), PLACE_S)
         except TimeoutError:
             raise WorkerLost(f"the cluster has no place for replica {self._number}: see `ray status`") from None
         except RayError as error:
-            raise WorkerLost(_first_line(error)) from error
+            raise WorkerLost(_last_line(error)) from error
         share = None if self._num_gpus else (self._number, self._num_replicas)
         try:
             await self._actor.start.remote(self._arguments, share)
+        except RayActorError as error:
+            raise WorkerLost(_last_line(error)) from error
         except RayError as error:
-            raise WorkerLost(_first_line(error)) from error
+            raise RuntimeError(_last_line(error)) from error
 
     async def answer(self, request: str) -> str:
         try:
             return await self._actor.answer.remote(request)
         except RayActorError as error:
-            raise WorkerLost(_first_line(error)) from error
+            raise WorkerLost(_last_line(error)) from error
         except RayError as error:  # of one request; the actor lives
             from vllm_dvlm.batch.rows import error_line
 
-            return error_line(json.loads(request)["custom_id"], _first_line(error), 500)
+            return error_line(json.loads(request)["custom_id"], _last_line(error), 500)
 
     async def stop(self) -> None:
         if self._actor is not None:
@@ -91,7 +97,7 @@ def cores_of(number: int, num_replicas: int) -> list[int]:
     return cores[number * len(cores) // num_replicas : (number + 1) * len(cores) // num_replicas]
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
@@ -103,7 +109,7 @@ def connect(num_replicas: int, num_gpus: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address and (found := head.silence(address, num_replicas * num_gpus)) is not None:
         raise ValueError(found)
-    ray.init(address=address, log_to_driver=True, logging_level="WARNING", ignore_reinit_error=True)
+    ray.init(address=address, log_to_driver=False, logging_level="WARNING")
     have, kind = ray.cluster_resources(), "GPU" if num_gpus else "CPU"
     wanted = num_replicas * (num_gpus or 1)
     if have.get(kind, 0) < wanted:
