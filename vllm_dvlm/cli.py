@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
 
-    from vllm_dvlm import show
+    from vllm_dvlm import serve_command, show
     from vllm_dvlm.batch import command as batch
 
     answers = commands.add_parser(
@@ -36,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     batch.add_arguments(answers)
     answers.set_defaults(run=batch.run, takes_more=True)
+
+    text = "serve replicas behind one address by Ray Serve; one server alone is `vllm serve`"
+    replicas = commands.add_parser("serve", allow_abbrev=False, help=text)
+    serve_command.add_arguments(replicas)
+    replicas.set_defaults(run=serve_command.run, takes_more=True)
 
     picture = commands.add_parser("show", help="draw a trace: dropped patches, importance, the canvas filling up")
     show.add_arguments(picture)

@@ -18,6 +18,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
 
 def _refuse(name: str) -> Any:
@@ -40,7 +41,9 @@ class StepLoop(_Unused, EngineClient):  # type: ignore[misc, valid-type]
 
     def __init__(self, engine_args: EngineArgs | AsyncEngineArgs) -> None:
         logging.getLogger("vllm.v1.worker.cpu_worker").addFilter(_is_no_thread_warning)
-        self._engine = LLMEngine.from_engine_args(engine_args)
+        # As AsyncLLM does; LLMEngine leaves the loggers of plugins, ours among them, out.
+        loggers = load_stat_logger_plugin_factories()
+        self._engine = LLMEngine.from_engine_args(engine_args, stat_loggers=loggers)
         self.vllm_config = self._engine.vllm_config
         self.model_config = self._engine.model_config
         self.renderer = self._engine.renderer
@@ -126,7 +129,7 @@ class StepLoop(_Unused, EngineClient):  # type: ignore[misc, valid-type]
         return False
 
     async def do_log_stats(self) -> None:
-        return None
+        self._ask(self._engine.do_log_stats)
 
     async def check_health(self) -> None:
         if self.errored:
