@@ -35,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
         from vllm_dvlm.cluster import serving
     except ImportError as error:
         raise ValueError(f"this needs Ray Serve: pip install 'vllm-dvlm[ray]' ({error})") from None
-    engine = [arguments.model, "-tp", str(arguments.tensor_parallel_size), *arguments.rest]
+    engine = ["--model", arguments.model, "-tp", str(arguments.tensor_parallel_size), *arguments.rest]
     return serving.run(arguments, engine)
