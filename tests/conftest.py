@@ -38,17 +38,31 @@ def checkpoint(tmp_path_factory):
     return build
 
 
+@pytest.fixture(scope="session")
+def _end_of_engine():
+    yield
+    from tests.engine import engines
+
+    engines.end_shared()
+
+
 @pytest.fixture(scope="module")
-def engine(checkpoint, tmp_path_factory):
-    """One in-process engine for a module: tests.engine.engines.Engine.
+def engine(_end_of_engine, checkpoint, tmp_path_factory):
+    """The in-process engine that modules share: tests.engine.engines.Engine, with the weights of seed 0."""
+    from tests.engine import engines
 
-    Not for the whole session: vLLM's process groups are global, and other modules make their own.
-    """
-    from tests.engine.engines import Engine
-
-    made = Engine(checkpoint, tmp_path_factory.mktemp("traces"))
+    made = engines.shared(checkpoint, tmp_path_factory)
     yield made
-    made.close()
+    if made.engine.has_unfinished_requests():  # of a test that failed
+        engines.end_shared()
+
+
+@pytest.fixture(scope="module")
+def no_engine():
+    """For modules with process groups of their own: vLLM's are global."""
+    from tests.engine import engines
+
+    engines.end_shared()
 
 
 @pytest.fixture(scope="session")

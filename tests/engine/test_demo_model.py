@@ -26,8 +26,9 @@ def served(folder: Path) -> Iterator:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from tests.engine.engines import quiet_process
+    from tests.engine.engines import end_shared, quiet_process
 
+    end_shared()
     with quiet_process():
         made = [LLM(str(folder), kv_cache_memory_bytes=64 * 2**20, max_num_seqs=16)]
 
