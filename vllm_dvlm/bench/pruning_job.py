@@ -124,7 +124,7 @@ def job_of(arguments: argparse.Namespace, workdir: str) -> Job:
         image=image,
         pool_prompts=arguments.pool_prompts or (6 if quick else 24),
         throughput_prompts=4,
-        concurrency=(1, 4, 16),
+        concurrency=(1, 4) if quick else (1, 4, 16),
     )
 
 
