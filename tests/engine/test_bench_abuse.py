@@ -1,10 +1,8 @@
 """`vllm-dvlm bench abuse` in small: one real server and one real engine, every kind of abuse."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
 
+from vllm_dvlm.bench import child
 from vllm_dvlm.bench.abuse import aborts, command, engine_parts, fuzz, kills, served, soak
 from vllm_dvlm.bench.abuse.job import PARTS, Counts, Job
 from vllm_dvlm.bench.engine_job import Result
@@ -43,8 +41,7 @@ def test_server(job):
 
 def test_engine(job):
     """Aborts at named moments, mixed batches against alone, random operations; in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        result = pool.submit(engine_parts.measure_one_group, job).result()
+    result = child.call(1, engine_parts.__name__, "measure_one_group", job)
     assert missed(result) == []
     figures = result.figures
     assert figures["R2_api_aborts"] >= 6 and figures["R2_api_good"] >= 4

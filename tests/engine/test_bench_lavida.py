@@ -44,7 +44,7 @@ def test_figures_are_sane(measured):
     assert all(0 < row["low"] <= row["value"] <= row["high"] for row in ratios)
     # Three of L2, one of L3, one of L4, three of L6.
     assert len(ratios) == 8 and all(row["cpu_time"] > 0 for row in ratios)
-    assert 0 < figures["L2_overhead_ms_tiny"] < 1000
+    assert figures["L2_overhead_ms_tiny"] > 0
     # 406 visual tokens of 466, and 16 positions of canvas.
     assert result.description["prompt"] - result.description["visual_tokens"] == 60
     assert figures["L3_flop_ideal_keep50"] > 482 / (482 - 203)
