@@ -14,15 +14,36 @@ settings.load_profile("any_machine")
 EXCLUSIVE_FILES = {"test_two_ranks.py"}
 
 
-def pytest_collection_modifyitems(items):
-    """Mark the tests that must run alone (`make test` runs the others two at a time), and put quick ones last.
+# The longest, which start processes; the first is the longest.
+LONGEST_FILES = [
+    "test_server.py",
+    "test_bench_abuse.py",
+    "test_bench_pruning.py",
+    "test_small_pool_server.py",
+    "test_bench_lavida.py",
+    "test_bench_quality.py",
+    "test_own_process.py",
+]
 
-    Files that start engines take up to minutes; with the quick ones behind them no process waits for another's file.
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that must run alone (`make test` runs the others two at a time), and order the files.
+
+    Long files come first and quick ones last, so that no process waits for another's file; those that share an engine
+    come one after another, so that it lives until the last of them.
     """
+    shares = {item.path for item in items if "engine" in item.fixturenames and not hasattr(item.module, "engine")}
     for item in items:
         if item.path.name in EXCLUSIVE_FILES:
             item.add_marker(pytest.mark.exclusive)
-    items.sort(key=lambda item: "unit" in item.path.parts)
+
+    def place(item):
+        name = item.path.name
+        if name in LONGEST_FILES:
+            return 0, LONGEST_FILES.index(name)
+        return (1 if item.path in shares else 3 if "unit" in item.path.parts else 2), 0
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -38,17 +59,31 @@ def checkpoint(tmp_path_factory):
     return build
 
 
+@pytest.fixture(scope="session")
+def _end_of_engine():
+    yield
+    from tests.engine import engines
+
+    engines.end_shared()
+
+
 @pytest.fixture(scope="module")
-def engine(checkpoint, tmp_path_factory):
-    """One in-process engine for a module: tests.engine.engines.Engine.
+def engine(_end_of_engine, checkpoint, tmp_path_factory):
+    """The in-process engine that modules share: tests.engine.engines.Engine, with the weights of seed 0."""
+    from tests.engine import engines
 
-    Not for the whole session: vLLM's process groups are global, and other modules make their own.
-    """
-    from tests.engine.engines import Engine
-
-    made = Engine(checkpoint, tmp_path_factory.mktemp("traces"))
+    made = engines.shared(checkpoint, tmp_path_factory)
     yield made
-    made.close()
+    if made.engine.has_unfinished_requests():  # of a test that failed
+        engines.end_shared()
+
+
+@pytest.fixture(scope="module")
+def no_engine():
+    """For modules with process groups of their own: vLLM's are global."""
+    from tests.engine import engines
+
+    engines.end_shared()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 Imported by fixtures only: importing it imports vLLM.
 """
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -72,6 +73,23 @@ def tokens(output: RequestOutput) -> list[int]:
     return list(output.outputs[0].token_ids)
 
 
+_shared: list["Engine"] = []  # one at most
+
+
+def shared(checkpoint: Callable[..., Path], tmp_path_factory: Any) -> "Engine":
+    """The engine that modules use one after another, until one of them needs vLLM's process groups for itself."""
+    if not _shared:
+        _shared.append(Engine(checkpoint, tmp_path_factory.mktemp("traces")))
+    _shared[0].use({"seed": 0})
+    return _shared[0]
+
+
+def end_shared() -> None:
+    """Close the shared engine, if there is one."""
+    while _shared:
+        _shared.pop().close()
+
+
 class Engine:
     """An ``LLM`` in this process; ``use`` gives it the weights of another golden checkpoint.
 
@@ -79,6 +97,7 @@ class Engine:
     """
 
     def __init__(self, checkpoint: Callable[..., Path], trace_dir: Path, **changes: Any) -> None:
+        end_shared()
         self._checkpoint = checkpoint
         self.trace_dir = trace_dir
         self._build_args: dict[str, int] = {"seed": 0}
@@ -93,6 +112,7 @@ class Engine:
             "additional_config": {"dvlm": settings},
             "disable_log_stats": False,
         }
+        gc.freeze()  # vLLM collects garbage eight times while it starts: not through all that was imported
         with quiet_process():
             self.llm = LLM(str(checkpoint(**self._build_args)), **arguments | changes)
         self.engine = self.llm.llm_engine

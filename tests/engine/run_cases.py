@@ -19,6 +19,8 @@ from tests.golden import cases
 
 ROOT = Path(__file__).parents[2]
 ENGINE = {"max_model_len": 4096, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 1}}
+# For what does not depend on the engine core being a process of its own: half of the start-up.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 NOISE = {"temperature": 0.8, "seed": 3}
 NOISY_OPTIONS = {"diffusion_remasking": "random"}
 

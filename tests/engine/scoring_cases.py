@@ -1,13 +1,29 @@
-"""Golden cases whose visual tokens are scored by the Triton kernels that GPUs use, through the real engine.
+"""The Triton kernels that score visual tokens on GPUs: against their twin, and golden cases through the real engine.
 
 Run by test_triton_scoring.py in a process of its own with TRITON_INTERPRET=1, which Triton reads when the kernels are
 decorated.
 """
 
 import pytest
+import torch
 
 from tests.engine.pruned_checks import assert_as_golden, request
 from tests.golden import cases
+
+
+def test_kernels_equal_their_twin():
+    from vllm_dvlm.models.probe import attention_to_columns_reference, attention_to_columns_triton
+
+    torch.manual_seed(0)
+    sizes = ((16, 200, 4, 2, 16, 90), (40, 130, 2, 2, 24, 70), (3, 65, 4, 1, 32, 1))
+    for rows, tokens, heads, kv_heads, size, columns in sizes:
+        query, key = torch.randn(rows, heads, size), torch.randn(tokens, kv_heads, size)
+        places = torch.randperm(tokens)[:columns].sort().values
+        expected = attention_to_columns_reference(query, key, size**-0.5, places)
+        start = torch.rand(rows, columns)
+        out = start.clone()
+        attention_to_columns_triton(query, key, size**-0.5, places, out)
+        torch.testing.assert_close(out - start, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["f1_redvtp_keep25", "f4_redvtp_blocks", "f6_redvtp_square"])

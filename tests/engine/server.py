@@ -118,7 +118,7 @@ class Server:
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         return not any(found.get(f"vllm:{name}") for name in names)  # absent until the first step
 
-    def wait_idle(self, seconds: float = 20) -> None:
+    def wait_idle(self, seconds: float = 120) -> None:
         poll(self.is_idle, seconds, "no request and no KV block left")
 
 

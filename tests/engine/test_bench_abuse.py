@@ -1,16 +1,14 @@
 """`vllm-dvlm bench abuse` in small: one real server and one real engine, every kind of abuse."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
 
+from vllm_dvlm.bench import child
 from vllm_dvlm.bench.abuse import aborts, command, engine_parts, fuzz, kills, served, soak
 from vllm_dvlm.bench.abuse.job import PARTS, Counts, Job
 from vllm_dvlm.bench.engine_job import Result
 
 COUNTS = Counts(
-    fuzzed=40, aborts=10, batches=8, distinct=10, operations=1000, clients=6, requests=80, warm_up=20, window=40
+    fuzzed=24, aborts=6, batches=4, distinct=8, operations=100, clients=4, requests=40, warm_up=40, window=20
 )
 
 
@@ -34,18 +32,18 @@ def test_server(job):
         kills.strike(job, server, kills.CORE, "core", result)
     assert missed(result) == []
     figures = result.figures
-    assert figures["R1_requests"] == 40 and figures["R6_failed"] == 0
-    assert figures["R1_status_200"] >= 8 and figures["R1_status_4xx"] >= 8, "the draw is one-sided"
-    assert figures["R2_http_waiting"] and figures["R2_http_in_stream"] and figures["R2_http_good"] >= 4
+    assert figures["R1_requests"] == 24 and figures["R6_failed"] == 0
+    assert figures["R1_status_200"] >= 6 and figures["R1_status_4xx"] >= 6, "the draw is one-sided"
+    assert figures["R2_http_waiting"] and figures["R2_http_in_stream"]
+    assert figures["R2_http_good"] >= aborts.LEAST_GOOD, "compared, however slow this machine is"
     assert figures["R5_core_seen"] and figures["R5_core_exit_code"] == 1
 
 
 def test_engine(job):
     """Aborts at named moments, mixed batches against alone, random operations; in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        result = pool.submit(engine_parts.measure_one_group, job).result()
+    result = child.call(1, engine_parts.__name__, "measure_one_group", job)
     assert missed(result) == []
     figures = result.figures
-    assert figures["R2_api_aborts"] >= 10 and figures["R2_api_good"] >= 1
-    assert figures["R3_runs"] >= 16 and figures["R3_distinct_tokens"] > 8
+    assert figures["R2_api_aborts"] >= 6 and figures["R2_api_good"] >= 4
+    assert figures["R3_runs"] >= 8 and figures["R3_distinct_tokens"] > 8
     assert figures["R4_one_group_blocks_pruned"] > 0 and figures["R4_one_group_preempted"] > 0

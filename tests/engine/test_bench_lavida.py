@@ -1,5 +1,6 @@
 """`vllm-dvlm bench lavida`: every figure once on the smallest sizes, then the report of it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -23,7 +24,14 @@ def measured(tmp_path_factory):
         for name in ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND"):
             patch.setenv(name, "1")  # put back after the parts have set them
         parts = lavida.parts_of(parse("--keep-ratios", "0.5"), str(tmp_path_factory.mktemp("bench")))
-        return {part[:2]: in_child(*part) for part in parts}
+        return {part[:2]: in_child(*part[:2], shortened(part[2])) for part in parts}
+
+
+def shortened(job):
+    """Of requests with pruning: a quarter of the steps, and only several at once."""
+    if not hasattr(job, "concurrency"):
+        return job
+    return dataclasses.replace(job, canvas=16, num_steps=4, concurrency=(4,))
 
 
 def test_figures_are_sane(measured):
@@ -34,12 +42,12 @@ def test_figures_are_sane(measured):
     assert figures["L2_tokens_equal_tiny"] and figures["L2_distinct_tokens_tiny"] > 4
     ratios = [row for row in result.rows if "against" in row]
     assert all(0 < row["low"] <= row["value"] <= row["high"] for row in ratios)
-    # Three of L2, one of L3, two of L4, three of L6.
-    assert len(ratios) == 9 and all(row["cpu_time"] > 0 for row in ratios)
-    assert 0 < figures["L2_overhead_ms_tiny"] < 1000
-    # 406 visual tokens of 466, and 32 positions of canvas.
+    # Three of L2, one of L3, one of L4, three of L6.
+    assert len(ratios) == 8 and all(row["cpu_time"] > 0 for row in ratios)
+    assert figures["L2_overhead_ms_tiny"] > 0
+    # 406 visual tokens of 466, and 16 positions of canvas.
     assert result.description["prompt"] - result.description["visual_tokens"] == 60
-    assert figures["L3_flop_ideal_keep50"] > 498 / (498 - 203)
+    assert figures["L3_flop_ideal_keep50"] > 482 / (482 - 203)
     for key in ("L3_prune_cost_percent_keep50", "L4_prune_cost_percent_4_at_once_keep50"):
         assert 0 < figures[key] < 100
     # Every request that could get in has got in.

@@ -15,8 +15,8 @@ COMMANDS = {
     "capacity": (capacity, slice(3, 4)),
     "pruning": (pruning_report, slice(0, 4)),
 }
-OPTIONS = ["--quick", "--repeats", "1", "--steps", "4", "--threads", "1", "--pool-prompts", "4"]
-RATIOS = ["--keep-ratios", "0.5", "0.25"]
+OPTIONS = ["--quick", "--repeats", "1", "--canvas-length", "8", "--steps", "4", "--threads", "1", "--pool-prompts", "4"]
+RATIOS = ["--keep-ratios", "0.25"]
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +51,18 @@ def test_report(command, measured, monkeypatch, tmp_path, capsys):
 def test_figures_are_sane(measured):
     _, results = measured
     _, figures, _ = pruning_job.merged(results)
-    for ratio in ("keep50", "keep25"):
-        # How fast it is depends on the machine's other work; that it was measured does not.
-        assert figures[f"N5_throughput_{ratio}_vs_unpruned"] > 0
-        assert figures[f"N5_throughput_{ratio}_vs_unpruned_cpu_time"] > 0
-        assert figures[f"N5_cache_and_pruning_{ratio}_vs_cache_alone"] > 0
-        assert 0 < figures[f"N7_prune_cost_percent_of_first_step_{ratio}"] < 100
-        assert figures[f"N8_in_flight_{ratio}_vs_unpruned"] > 1
-        assert 0 < figures[f"N8_in_flight_share_of_token_ratio_{ratio}"] <= 1
+    # How fast it is depends on the machine's other work; that it was measured does not.
+    assert figures["N5_throughput_keep25_vs_unpruned"] > 0
+    assert figures["N5_throughput_keep25_vs_unpruned_cpu_time"] > 0
+    assert figures["N5_cache_and_pruning_keep25_vs_cache_alone"] > 0
+    assert 0 < figures["N7_prune_cost_percent_of_first_step_keep25"] < 100
+    assert figures["N8_in_flight_keep25_vs_unpruned"] > 1
+    assert 0 < figures["N8_in_flight_share_of_token_ratio_keep25"] <= 1
     assert figures["N6_flops_saved_percent"] >= 65
     assert figures["N6_kv_cache_groups"] == 2
     assert figures["N6_first_step_kv_share_two_groups"] < 1
     assert figures["N8_requests_per_s_lowest_vs_unpruned"] > 0
-    assert (
-        figures["N8_free_kv_blocks_1_requests_keep25"]
-        > figures["N8_free_kv_blocks_1_requests_keep50"]
-        > figures["N8_free_kv_blocks_1_requests_keep100"]
-    )
+    assert figures["N8_free_kv_blocks_1_requests_keep25"] > figures["N8_free_kv_blocks_1_requests_keep100"]
 
 
 def test_pool_fills_up_to_what_is_possible(measured):

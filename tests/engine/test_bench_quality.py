@@ -16,7 +16,7 @@ from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
 from vllm_dvlm.bench.scoring import normalise, wilson_interval
 from vllm_dvlm.cli import main
 
-NUM = 12
+NUM = 8
 SETTINGS = ["unpruned", "redvtp_50", "random_25", "fastv_L1_25", "refresh32_unpruned", "refresh32_threshold_redvtp_25"]
 OPTIONS = ["--threads", "1", "--batch", "4", "--seed", "5", "--settings", *SETTINGS]
 BAD_LINES = {2: "oops", 5: '{"image": "images/none.png", "question": "?", "answer": "x"}'}
@@ -51,7 +51,7 @@ def runs(environment, tmp_path_factory):
     """A run of `quality` and one of `frontier`: their files, what the first one said, and the folder."""
     folder = tmp_path_factory.mktemp("quality")
     # Few patches per tile: the prompt has some 230 tokens, the system text among them.
-    write_random_checkpoint(folder / "model", Sizes(patch=40), seed=0)
+    write_random_checkpoint(folder / "model", Sizes(patch=40, vocab_rows=4096), seed=0)
     quality = run("quality", folder, "quality", "--num", str(NUM))
     said: dict[str, list[str]] = {}
     for line in quality["answers"].read_text().splitlines():
@@ -65,7 +65,7 @@ def runs(environment, tmp_path_factory):
     for number, text in BAD_LINES.items():
         lines.insert(number - 1, text)
     (folder / "known.jsonl").write_text("\n".join(lines))
-    options = ("--data", str(folder / "known.jsonl"), "--repeats", "2", "--alone", "1", "--pool-prompts", "2")
+    options = ("--data", str(folder / "known.jsonl"), "--repeats", "1", "--alone", "1", "--pool-prompts", "2")
     return {"quality": quality, "frontier": run("frontier", folder, "frontier", *options), "said": said}
 
 

@@ -26,8 +26,9 @@ def served(folder: Path) -> Iterator:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from tests.engine.engines import quiet_process
+    from tests.engine.engines import end_shared, quiet_process
 
+    end_shared()
     with quiet_process():
         made = [LLM(str(folder), kv_cache_memory_bytes=64 * 2**20, max_num_seqs=16)]
 
@@ -96,11 +97,11 @@ def test_the_shipped_model_answers_as_its_card_says(name, trainer):
     asked = held_out(200)
     with served(folder) as ask:
         answers = ask(asked)
-        pruned = ask(asked[:100], prune_method="redvtp", prune_keep_ratio=0.25)
-        at_random = ask(asked[:100], prune_method="random", prune_keep_ratio=0.25)
+        pruned = ask(asked[:60], prune_method="redvtp", prune_keep_ratio=0.25)
+        at_random = ask(asked[:60], prune_method="random", prune_keep_ratio=0.25)
     low, high = card["interval_99_of_200_fresh_questions"]
     assert low <= num_right(asked, answers) / 200 <= high
-    assert num_right(asked[:100], pruned) > num_right(asked[:100], at_random) + 20
+    assert num_right(asked[:60], pruned) > num_right(asked[:60], at_random) + 12
 
     # The trainer's own decoding of the same weights says the same.
     from evaluate import Pruning

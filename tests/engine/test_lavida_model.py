@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def group(folders, tmp_path_factory):
+def group(no_engine, folders, tmp_path_factory):
     with process_group(tmp_path_factory.mktemp("group") / "store", model=str(folders(LLADA))):
         yield
 

@@ -102,5 +102,5 @@ def test_imports_are_found(tmp_path):
 )
 def test_importing_stays_light(module, unwanted):
     code = f"import sys, {module}; sys.exit(', '.join(set({unwanted}) & set(sys.modules)) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{module} imports {done.stderr}"

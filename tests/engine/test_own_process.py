@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.engine import hub
-from tests.engine.run_cases import assert_recorded, run
+from tests.engine.run_cases import ONE_PROCESS, assert_recorded, run
 from tests.golden import cases
 
 TEXT, IMAGE, CACHED = "a1_text_single_block", "b1_image_steps_eq_gen", "g12_fast_k2_r8_none"
@@ -43,7 +43,7 @@ def test_chat_is_the_official_conversation(by_name):
 
 def test_bfloat16_by_hub_name_without_network(by_name, downloads, tmp_path):
     """Other roundings, other tokens; but whole canvases of real words, from a first step of four tokens on."""
-    places = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(downloads), "HF_HUB_OFFLINE": "1"}
+    places = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(downloads), "HF_HUB_OFFLINE": "1"} | ONE_PROCESS
     engine = {"additional_config": {"dvlm": {"cpu_dtype": "bfloat16"}}}
     results = run(NAME, tmp_path / "out.json", places, engine=engine, cases=[TEXT, IMAGE, CACHED])
     for name in (TEXT, IMAGE, CACHED):

@@ -300,7 +300,7 @@ def dummy_pixels(processor):
 
 
 @pytest.fixture(scope="module")
-def vision(config, checkpoint, tmp_path_factory):
+def vision(no_engine, config, checkpoint, tmp_path_factory):
     """The vision stack with the checkpoint's weights, on one rank without an engine."""
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.distributed.parallel_state import (

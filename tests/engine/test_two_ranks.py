@@ -14,7 +14,7 @@ from tests.engine import pruned_reference, run_lavida
 from tests.engine.pruned_checks import assert_clear
 from tests.engine.run_cases import NOISE, NOISY_OPTIONS, ROOT, assert_recorded, run
 from tests.golden import cases, lavida_cases
-from vllm_dvlm.bench.lavida_files import DREAM, KINDS
+from vllm_dvlm.bench.lavida_files import DREAM, LLADA
 from vllm_dvlm.bench.reference.lavida_model import LavidaModel
 
 TEXT, CACHED = "a1_text_single_block", "g12_fast_k2_r8_none"
@@ -87,31 +87,13 @@ def test_ranks_keep_the_same_visual_tokens(two_ranks, traces, reference):
             assert np.abs(arrays["importance"] - np.asarray(cases.load(name).importance)).max() < 1e-5
 
 
-def test_each_rank_with_a_whole_tower(checkpoint, tmp_path):
-    """``--mm-encoder-tp-mode data``, which a tower gets whose heads the ranks do not divide: tiles are shared out."""
-    found = run(
-        checkpoint(seed=0),
-        tmp_path / "out.json",
-        engine={
-            "tensor_parallel_size": 2,
-            "distributed_executor_backend": "mp",
-            "mm_encoder_tp_mode": "data",
-            "max_num_batched_tokens": 4096,
-        },
-        cases=PRUNED[:1],
-    )
-    assert_recorded(found, PRUNED[0])
-
-
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_a_lavida_model_in_two_parts(kind, tmp_path):
-    """Model class alone: original names, biases and grouped KV heads are cut as the layers are; one KV head a rank."""
-    folder = tiny_lavida.checkpoint(tmp_path, kind)
-    names = {"lavida-llada": ["text_full", "img_full"], "lavida-dream": ["dream_text_full_maskgit"]}[kind.name]
+def test_a_lavida_model_in_two_parts(tmp_path):
+    """Model class alone: original names and the tower are cut as the layers are, logits are the dense reference's."""
+    folder, names = tiny_lavida.checkpoint(tmp_path, LLADA), ["text_full", "img_full"]
     command = [sys.executable, "-m", "tests.engine.lavida_model", str(folder), str(tmp_path / "store")]
     outs = [tmp_path / f"logits_{rank}.pt" for rank in range(2)]
     # As vLLM's CPU workers do: the name of the memory they share.
-    environment = os.environ | {"VLLM_DIST_IDENT": f"{os.getpid()}-{kind.name}"}
+    environment = os.environ | {"VLLM_DIST_IDENT": f"{os.getpid()}-lavida"}
     arguments = [[*command, str(rank), "2", str(out), *names] for rank, out in enumerate(outs)]
     ranks = [subprocess.Popen(each, cwd=ROOT, env=environment) for each in arguments]
     assert [process.wait(timeout=300) for process in ranks] == [0, 0]
@@ -119,7 +101,7 @@ def test_a_lavida_model_in_two_parts(kind, tmp_path):
     model = LavidaModel.load(folder)
     for case in map(lavida_cases.load, names):
         features = model.image_features([lavida_cases.image(case)]) if case.image_record else []
-        canvas = case.raw.get("initial_canvas") or [kind.mask] * case.settings["max_new_tokens"]
+        canvas = case.raw.get("initial_canvas") or [LLADA.mask] * case.settings["max_new_tokens"]
         with torch.inference_mode():
             whole = torch.cat([model.merge(case.prompt_ids, features).embeddings, model.embed(canvas)])
             expected = model.text.logits(model.text.forward(whole[None]))[0, case.prompt_len :]
@@ -128,8 +110,12 @@ def test_a_lavida_model_in_two_parts(kind, tmp_path):
 
 
 def test_a_prompt_that_is_computed_once(tmp_path):
-    """Grouped KV heads, prefix and full attention, shifted logits: one KV head on each of two ranks."""
+    """Biases, grouped KV heads, prefix and full attention, shifted logits: one KV head on each of two ranks.
+
+    With ``--mm-encoder-tp-mode data``, which a tower gets whose heads the ranks do not divide: each rank has a whole
+    tower, and tiles are shared out.
+    """
     names = ["dream_img_prefix_shift", "dream_text_prefix_entropy", "dream_text_full_maskgit"]
-    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "mm_encoder_tp_mode": "data"}
     found = run_lavida.run(tiny_lavida.checkpoint(tmp_path, DREAM), tmp_path / "out.json", engine, names)
     assert found == {name: lavida_cases.load(name).final_ids for name in names}

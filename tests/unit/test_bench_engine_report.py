@@ -70,7 +70,7 @@ def test_command_joins_all_models(monkeypatch, tmp_path, capsys):
     ]
     jobs = {}
 
-    def child(name, job):
+    def child(name, job, threads):
         jobs[name] = job
         return fake_result(name, growth if name == "tiny" else [])
 
@@ -93,7 +93,7 @@ def test_command_joins_all_models(monkeypatch, tmp_path, capsys):
 
 
 def test_only_one_model(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(engine, "_run_child", lambda name, job: fake_result(name, []))
+    monkeypatch.setattr(engine, "_run_child", lambda name, job, threads: fake_result(name, []))
     monkeypatch.setattr(engine.engine_env, "prepare", lambda num_threads: None)
     assert cli.main(["bench", "engine", "--only", "mid"]) == 0
     assert "N3_tiny" not in capsys.readouterr().out

@@ -26,7 +26,7 @@ def test_import_is_light():
         "heavy = {'torch', 'vllm', 'numpy', 'transformers'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_neither_torch_nor_vllm_is_a_base_dependency():

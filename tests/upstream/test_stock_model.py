@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.engine.run_cases import ONE_PROCESS
+
 SCRIPT = """
 import sys
 from vllm import LLM, SamplingParams
@@ -40,7 +42,7 @@ def test_tiny_llama_generates(tmp_path):
     script.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, script, tmp_path],
-        env={k: v for k, v in os.environ.items() if not k.startswith("VLLM_")},
+        env={k: v for k, v in os.environ.items() if not k.startswith("VLLM_")} | ONE_PROCESS,
         capture_output=True,
         text=True,
         timeout=300,

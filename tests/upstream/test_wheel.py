@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.engine.run_cases import assert_recorded, run
+from tests.engine.run_cases import ONE_PROCESS, assert_recorded, run
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("vllm_dvlm", "patches", "pyproject.toml", "README.md", "LICENSE")
@@ -93,7 +93,7 @@ def test_a_folder_is_served_with_no_flag(python, checkpoint, tmp_path):
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     names = ("a1_text_single_block", "b1_image_steps_eq_gen")
     settings = {"engine": {}, "cases": [*names], "chat": names[1]}
-    places = {"PYTHONPATH": ""}
+    places = {"PYTHONPATH": ""} | ONE_PROCESS
     results = run(checkpoint(seed=0), tmp_path / "out.json", places, python=python, root=tmp_path, **settings)
     assert_recorded(results, *names)
     assert results["chat"]["tokens"] == results[names[1]]["tokens"], "the chat template is in the wheel"

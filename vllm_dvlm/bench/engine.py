@@ -5,14 +5,12 @@ Three child processes, one per model, each with one engine and its baselines; se
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vllm_dvlm.bench import engine_env
+from vllm_dvlm.bench import child, engine_env
 from vllm_dvlm.bench.checkpoint_files import SIZES_8B, Sizes
 from vllm_dvlm.bench.common import Row, add_output_arguments, format_table, report
 from vllm_dvlm.bench.engine_job import Job, Result, check_goldens, default_goldens
@@ -39,18 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def _measure(name: str, job: Job) -> Result:
-    """In the child: heavy imports happen here, under the environment that the parent has set."""
-    from vllm_dvlm.bench import engine_measure
-
-    return getattr(engine_measure, f"measure_{name}")(job)
-
-
-def _run_child(name: str, job: Job) -> Result:
-    # Spawned: a fresh process has a fresh OpenMP pool and its own peak memory.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, name, job).result()
+def _run_child(name: str, job: Job, threads: int) -> Result:
+    return child.call(threads, "vllm_dvlm.bench.engine_measure", f"measure_{name}", job)
 
 
 def draw_growth(growth: list[Row]) -> Any:
@@ -94,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         load_before = os.getloadavg()[0]
         for name in (arguments.only,) if arguments.only else MODELS:
-            result = _run_child(name, job)
+            result = _run_child(name, job, arguments.threads)
             rows += result.rows
             growth += result.growth
             figures |= result.figures

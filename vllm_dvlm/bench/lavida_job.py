@@ -23,7 +23,7 @@ SIZES = {"8b": SIZES_8B, "mid": Sizes(hidden=512, layers=8, heads=8, intermediat
 QUICK_SIZES = {
     "8b": dataclasses.replace(SIZES_8B, hidden=256, layers=2, heads=2, intermediate=768),
     "mid": Sizes(hidden=256, layers=4, heads=4, intermediate=768),
-    "tiny": Sizes(),
+    "tiny": Sizes(vocab_rows=4096),
 }
 QUICK_PRUNED_SIZES = Sizes(hidden=64, layers=4, heads=2, intermediate=128, vocab_rows=4096)
 

@@ -2,15 +2,12 @@
 
 import argparse
 import dataclasses
-import importlib
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Protocol
 
-from vllm_dvlm.bench import engine_env
+from vllm_dvlm.bench import child
 from vllm_dvlm.bench.checkpoint_files import IMAGE_8B, SIZES_8B, Sizes
 from vllm_dvlm.bench.common import Row, add_output_arguments
 from vllm_dvlm.pruning.names import METHODS
@@ -124,7 +121,7 @@ def job_of(arguments: argparse.Namespace, workdir: str) -> Job:
         image=image,
         pool_prompts=arguments.pool_prompts or (6 if quick else 24),
         throughput_prompts=4,
-        concurrency=(1, 4, 16),
+        concurrency=(1, 4) if quick else (1, 4, 16),
     )
 
 
@@ -135,17 +132,9 @@ class AnyJob(Protocol):
     def threads(self) -> int: ...
 
 
-def _call(module: str, function: str, job: AnyJob) -> Any:
-    """In the child: heavy imports happen here, under the environment that the parent has set."""
-    return getattr(importlib.import_module(module), function)(job)
-
-
 def in_child(module: str, function: str, job: AnyJob) -> Any:
     """`module.function(job)` in a fresh process: an engine, its threads and its peak memory are its own."""
-    engine_env.prepare(job.threads)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_call, module, function, job).result()
+    return child.call(job.threads, module, function, job)
 
 
 def measure(arguments: argparse.Namespace, parts: Sequence[tuple[str, str]]) -> tuple[Job, list[Measured]]:

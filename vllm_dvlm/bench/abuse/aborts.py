@@ -15,8 +15,12 @@ from vllm_dvlm.bench.engine_job import Result
 CHAT = "/v1/chat/completions"
 NUM_GOOD = 16
 GOOD_AT_ONCE, VICTIMS_AT_ONCE = 3, 6
-LONGEST_STAY_S, LONGEST_STREAM_S = 0.6, 5.0
-MOST_TRIES = 20  # per abort that is wanted: a client that got its whole answer first does not count
+LONGEST_STAY_S, LONGEST_STREAM_S = 0.6, 30.0
+# However slow the machine is, clients go on leaving until so many answers beside them have been compared, and until one
+# has left at each of these moments; those beyond the wanted number let an answer come between them.
+LEAST_GOOD = 8
+LEAST_MOMENTS = ("waiting", "in_stream")
+MOST_TRIES = 20  # per abort or answer that is wanted: a client that got its whole answer first does not count
 
 
 def _body(rng: random.Random, longest: int) -> Body:
@@ -77,7 +81,7 @@ async def leave(http: Any, url: str, body: Body, rng: random.Random) -> str:
 
 
 def measure(job: Job, server: Server, result: Result) -> None:
-    """So many clients leave. Prints good requests that were answered otherwise than undisturbed."""
+    """So many clients leave, or more. Prints good requests that were answered otherwise than undisturbed."""
     good = [good_body(job.rng("R2", "http good", i)) for i in range(NUM_GOOD)]
 
     def ids(reply: Body) -> Any:
@@ -86,6 +90,11 @@ def measure(job: Job, server: Server, result: Result) -> None:
     undisturbed = [ids(server.post(CHAT, body)) for body in good]
     moments: Counter[str] = Counter()
     unequal, num_good, tries = [], 0, 0
+    most_tries = MOST_TRIES * (job.counts.aborts + LEAST_GOOD)
+
+    def is_enough() -> bool:
+        wanted = sum(moments.values()) >= job.counts.aborts and num_good >= LEAST_GOOD
+        return wanted and all(moments[moment] for moment in LEAST_MOMENTS)
 
     async def run(bar: Any) -> None:
         async with session() as http:
@@ -103,16 +112,23 @@ def measure(job: Job, server: Server, result: Result) -> None:
                         unequal.append(i)
                         print(f"R2 seed {job.seed} good request {i}: {found} not {undisturbed[i]}", flush=True)
 
+            async def another_answer() -> None:
+                before = num_good
+                while num_good == before and not all(task.done() for task in neighbours):
+                    await asyncio.sleep(0.01)
+
             async def client() -> None:
                 nonlocal tries
-                while not enough.is_set() and tries < MOST_TRIES * job.counts.aborts:
+                while not enough.is_set() and tries < most_tries:
                     rng = job.rng("R2", "victim", tries)
                     tries += 1
                     if moment := await leave(http, server.url, victim_body(rng), rng):
                         moments[moment] += 1
                         bar.update()
-                    if sum(moments.values()) >= job.counts.aborts:
+                    if is_enough():
                         enough.set()
+                    elif sum(moments.values()) >= job.counts.aborts:
+                        await another_answer()
 
             neighbours = [asyncio.create_task(neighbour(i)) for i in range(GOOD_AT_ONCE)]
             await asyncio.gather(*(client() for _ in range(VICTIMS_AT_ONCE)))
@@ -126,6 +142,9 @@ def measure(job: Job, server: Server, result: Result) -> None:
     setting = f"{done} clients leave before their answer ends, beside {num_good} good requests: of those unequal"
     result.value("R2_http_good_unequal", setting, len(unequal), "= 0", not unequal)
     result.value("R2_http_left", "requests or KV blocks left afterwards", len(left), "= 0", not left)
+    result.value(
+        "R2_http_good_compared", "answers compared beside them", num_good, f">= {LEAST_GOOD}", num_good >= LEAST_GOOD
+    )
     result.value(
         "R2_http_aborts",
         "clients that left in time",

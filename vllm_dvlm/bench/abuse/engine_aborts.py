@@ -10,6 +10,7 @@ from vllm_dvlm.bench.common import progress_bar
 from vllm_dvlm.bench.engine_job import Result
 
 NUM_GOOD = 24  # different undisturbed requests
+LEAST_GOOD = 4  # of them compared, however few aborts are wanted
 BESIDE = 3  # of them at a time
 VICTIMS = 4
 # Of a victim: before its first step, while that is computed, after it, while a later one is computed, preempted.
@@ -28,7 +29,7 @@ def prunes(request: Request) -> bool:
 
 
 def measure(job: Job, host: Host, result: Result) -> None:
-    """Abort requests until so many were aborted; any mode, pruned, cached and exact."""
+    """Abort requests until so many were aborted and some were compared; any mode, pruned, cached and exact."""
     rng = job.rng("R2", "api")
     good = {f"g{i}": draw_request(job.rng("R2", "good", i), exact=False) for i in range(NUM_GOOD)}
     undisturbed = {name: tokens(host.run({name: request})[name]) for name, request in good.items()}
@@ -61,7 +62,7 @@ def measure(job: Job, host: Host, result: Result) -> None:
                 strike(name, moment, host.abort_inside)
 
     with progress_bar("R2 aborts by the API", job.counts.aborts) as bar:
-        while sum(moments.values()) < job.counts.aborts:
+        while sum(moments.values()) < job.counts.aborts or num_good < LEAST_GOOD:
             while len(running) < BESIDE:
                 name, key = f"good{count}", rng.choice(list(good))
                 host.add(name, good[key])

@@ -1,16 +1,12 @@
 """R2 by the API, R3 and R4 in child processes, each with one engine inside."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-
-from vllm_dvlm.bench import engine_env
+from vllm_dvlm.bench import child
 from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.engine_job import Result
 
 
 def measure_one_group(job: Job) -> Result:
     """In the child: heavy imports happen here."""
-    engine_env.prepare(job.threads)
     from vllm_dvlm.bench.abuse import batches, engine_aborts, operations
     from vllm_dvlm.bench.abuse.host import Host
 
@@ -25,7 +21,6 @@ def measure_one_group(job: Job) -> Result:
 
 
 def measure_two_groups(job: Job) -> Result:
-    engine_env.prepare(job.threads)
     from vllm_dvlm.bench.abuse import operations
     from vllm_dvlm.bench.abuse.host import Host
 
@@ -36,11 +31,9 @@ def measure_two_groups(job: Job) -> Result:
 
 def measure(job: Job, result: Result) -> None:
     """Run them; adds to the result."""
-    context = multiprocessing.get_context("spawn")
     for function in (measure_one_group, measure_two_groups) if "R4" in job.parts else (measure_one_group,):
         # A process for each: vLLM's process groups are global.
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found = pool.submit(function, job).result()
+        found = child.call(job.threads, __name__, function.__name__, job)
         result.rows += found.rows
         result.figures |= found.figures
         result.description |= found.description

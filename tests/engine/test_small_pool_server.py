@@ -1,8 +1,9 @@
-"""The adapter of `examples/lmms_eval` and vLLM's load client against a started server."""
+"""One server with a small KV pool: the adapter of `examples/lmms_eval`, vLLM's load client, pruning over HTTP."""
 
 import importlib.util
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.engine.server import BUILD_ARGS, Server, load, text_of
+from tests.engine.server import BUILD_ARGS, MODEL, Server, chat_of, load, text_of
 from tests.golden import cases
 from vllm_dvlm.bench import serving_load
 from vllm_dvlm.bench.question_job import Job
@@ -18,6 +19,10 @@ from vllm_dvlm.bench.questions import Item, _png
 from vllm_dvlm.bench.settings_grid import Mode, Setting
 
 IMAGE, PRUNED = "b1_image_steps_eq_gen", "f2_redvtp_keep50"
+# One request of case b1 with a canvas of 32 has 961 tokens, 31 KV blocks of 32; at keep ratio 0.1 it has 178, 6 blocks.
+NUM_BLOCKS = 64
+BLOCKS_FULL, BLOCKS_PRUNED = 31, 6
+NUM_REQUESTS = 8
 SOURCE = Path(__file__).parents[2] / "examples" / "lmms_eval" / "served.py"
 
 
@@ -34,8 +39,9 @@ served = _import_adapter()
 
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
-    flags = ("--max-model-len", "2048", "--served-model-name", "tiny", serving_load.MODEL_NAME)
-    settings = {"dvlm": {"max_canvas_length": 128}}
+    flags = ("--max-model-len", "2000", "--num-gpu-blocks-override", str(NUM_BLOCKS))
+    flags += ("--served-model-name", MODEL, serving_load.MODEL_NAME)
+    settings = {"dvlm": {"prune_keep_ratio": 0.1}}
     made = Server(checkpoint(**BUILD_ARGS), tmp_path_factory.mktemp("server") / "log.txt", settings, *flags)
     yield made
     made.stop()
@@ -164,3 +170,66 @@ def test_load_of_one_setting(server, checkpoint, tmp_path):
     assert pruned >= 4, "four questions, and what the client sends to warm up"
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["completed"] == 4 and result["max_concurrency"] == 2
+
+
+# -- pruning -------------------------------------------------------------------------------------------------------
+
+
+def at_once(server, **options):
+    """Replies to the same request, sent ``NUM_REQUESTS`` times at once: more than the pool holds."""
+    body = chat_of(IMAGE, max_tokens=32, ignore_eos=True)
+    body["vllm_xargs"] = {"diffusion_canvas_length": 32, "diffusion_refresh_interval": 32} | options
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        replies = list(pool.map(lambda _: server.send(body), range(NUM_REQUESTS)))
+    server.wait_idle()
+    return replies
+
+
+def test_what_pruning_frees_is_counted(server):
+    """By the ratio that is this server's default. How many requests run at once is counted in test_pool.py."""
+    before = server.metrics("vllm_dvlm:")
+    at_once(server)
+    assert server.metrics("vllm_dvlm:")["vllm_dvlm:kv_blocks_freed_total"] == before["vllm_dvlm:kv_blocks_freed_total"]
+    replies = at_once(server, prune_method="redvtp")
+    after = server.metrics("vllm_dvlm:")
+    freed = after["vllm_dvlm:kv_blocks_freed_total"] - before["vllm_dvlm:kv_blocks_freed_total"]
+    assert freed == NUM_REQUESTS * (BLOCKS_FULL - BLOCKS_PRUNED)
+    assert after["vllm_dvlm:requests_pruned_total"] - before["vllm_dvlm:requests_pruned_total"] == NUM_REQUESTS
+    report = replies[0]["kv_transfer_params"]["dvlm"]
+    assert (report["kv_blocks_before"], report["kv_blocks_after"]) == (BLOCKS_FULL, BLOCKS_PRUNED)
+    assert report["visual_tokens_before"] == 869
+    assert report["visual_tokens_after"] == 86
+    spent = after["vllm_dvlm:prune_seconds_total"] - before["vllm_dvlm:prune_seconds_total"]
+    assert spent == pytest.approx(sum(r["kv_transfer_params"]["dvlm"]["prune_ms"] for r in replies) / 1000)
+    assert len({reply["choices"][0]["message"]["content"] for reply in replies}) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"prune_method": "redvtp", "prune_keep_ratio": 0.25}], ids=["none", "pruned"])
+def test_report_in_a_header(server, options):
+    """Also for clients that know no other fields than OpenAI's; a stream's headers are sent before it is known."""
+    body = chat_of(IMAGE, max_tokens=8, ignore_eos=True)
+    body["vllm_xargs"] = {"diffusion_canvas_length": 8} | options
+    reply = server.http.post("/v1/chat/completions", json=body)
+    report = json.loads(reply.headers["x-vllm-dvlm"])
+    assert report == reply.json()["kv_transfer_params"]["dvlm"]
+    assert report["denoise_steps"] > 1 and bool(report.get("prune_ms")) == bool(options)
+    streamed = server.http.post("/v1/chat/completions", json=body | {"stream": True})
+    assert streamed.status_code == 200 and "x-vllm-dvlm" not in streamed.headers
+    server.wait_idle()
+
+
+def test_no_named_length_is_the_familys_default_canvas(server):
+    """Not all that fits: the official demo's 128 tokens, in one block with a step per position."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    reply = server.send(body)
+    assert reply["usage"]["completion_tokens"] == 128
+    assert reply["kv_transfer_params"]["dvlm"]["denoise_steps"] == 128
+    picture = chat_of(IMAGE, ignore_eos=True, vllm_xargs={"diffusion_refresh_interval": 32})
+    del picture["max_tokens"]
+    assert server.send(picture)["usage"]["completion_tokens"] == 128
+    response = {"model": MODEL, "input": "hi", "ignore_eos": True}
+    assert server.http.post("/v1/responses", json=response).json()["usage"]["output_tokens"] == 128
+    # What is named is untouched.
+    assert server.send(body | {"max_tokens": 140})["usage"]["completion_tokens"] == 140
+    named = server.send(body | {"vllm_xargs": {"diffusion_canvas_length": 160, "diffusion_max_steps": 8}})
+    assert named["usage"]["completion_tokens"] == 160
