@@ -21,6 +21,8 @@ from vllm_dvlm.bench.questions import Item
 from vllm_dvlm.bench.settings_grid import Mode, Setting
 from vllm_dvlm.cli import build_parser, main
 from vllm_dvlm.families import LAVIDA_LLADA
+from vllm_dvlm.models.anyres import num_visual_tokens
+from vllm_dvlm.models.configuration import load_config, resolve_vision_config
 from vllm_dvlm.placement import resolve
 from vllm_dvlm.settings import ServerSettings
 
@@ -303,6 +305,13 @@ def test_model_is_the_demo_or_has_to_be_named(tmp_path, monkeypatch):
     assert question_job.model_of("other") == "other"
     with pytest.raises(ValueError, match="No config"):
         question_job.family_and_layers(str(tmp_path / question_job.DEMO))
+
+
+@pytest.mark.parametrize("name", ["demo_model", "demo_lavida"])
+def test_shipped_models_can_be_asked(name):
+    config = load_config(str(Path(__file__).parents[2] / "examples" / name))
+    layout = config.image_layout(resolve_vision_config(config))
+    assert config.num_hidden_layers == 4 and num_visual_tokens(168, 168, layout) == 145
 
 
 def test_list_of_settings(model, capsys):

@@ -47,7 +47,7 @@ def load_config(model: str) -> "MaskedDiffusionConfig":
 
     OSError if there is no config.json; ValueError for one of no known family.
     """
-    content = PreTrainedConfig.get_config_dict(model)[0]
+    content = MaskedDiffusionConfig.get_config_dict(model)[0]
     return checkpoint_config(content.get("model_type", "")).from_dict(content)
 
 
