@@ -131,6 +131,8 @@ def run(arguments: Namespace, engine_arguments: list[str]) -> int:
         serve.run(Replica.options(**options).bind(engine_arguments, most, on_cpu, board), name=APP, blocking=False)
         print(f"{arguments.replicas} replicas of {arguments.model} at http://{host}:{port}", flush=True)
         ended.wait()
+        # Replicas finish what they hold; the address says 404 to what comes meanwhile.
+        serve.delete(APP)
     finally:
         serve.shutdown()
         ray.shutdown()
