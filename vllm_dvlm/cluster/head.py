@@ -47,7 +47,7 @@ def problem(num_devices: int, device: str, starts_itself: int) -> str | None:
             f"there is no Ray cluster: start one with `{START.format(num_devices)}` and set RAY_ADDRESS to its address "
             "(on a CPU host --num-gpus counts workers)"
         )
-    return _lacking(answer, num_devices, device) or _unequal(answer["nodes"])
+    return _lacking(answer, num_devices, device) or _unequal(answer["nodes"], answer["here"])
 
 
 def is_connected() -> bool:
@@ -99,9 +99,8 @@ def _lacking(answer: dict, num_devices: int, device: str) -> str | None:
     return None
 
 
-def _unequal(nodes: dict[str, dict[str, str | None]]) -> str | None:
-    """A node whose packages are not those of this process."""
-    here = versions()
+def _unequal(nodes: dict[str, dict[str, str | None]], here: dict[str, str | None]) -> str | None:
+    """A node whose packages are not those of this host."""
     for node, there in nodes.items():
         for package, wanted in here.items():
             if there.get(package) != wanted:
@@ -126,7 +125,8 @@ def versions() -> dict[str, str | None]:
 
 
 def ask(address: str) -> dict:
-    """Resources of a cluster and the packages of its nodes, `{"total", "free", "nodes"}`, or `{"error"}`."""
+    """Resources of a cluster and the packages of its nodes and of this host, `{"total", "free", "nodes", "here"}`, or
+    `{"error"}`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -144,7 +144,7 @@ def ask(address: str) -> dict:
         ).remote()
         for node in alive
     }
-    answer = {"total": ray.cluster_resources(), "free": ray.available_resources()}
+    answer = {"total": ray.cluster_resources(), "free": ray.available_resources(), "here": versions()}
     answer["nodes"] = {name: ray.get(call, timeout=ASK_S) for name, call in calls.items()}
     return answer
 
