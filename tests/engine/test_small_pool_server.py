@@ -220,16 +220,19 @@ def test_report_in_a_header(server, options):
 
 def test_no_named_length_is_the_familys_default_canvas(server):
     """Not all that fits: the official demo's 128 tokens, in one block with a step per position."""
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    cached = {"diffusion_refresh_interval": 32}
+    plain = {"model": MODEL, "ignore_eos": True, "vllm_xargs": cached}
+    body = plain | {"messages": [{"role": "user", "content": "hi"}]}
     reply = server.send(body)
     assert reply["usage"]["completion_tokens"] == 128
     assert reply["kv_transfer_params"]["dvlm"]["denoise_steps"] == 128
-    picture = chat_of(IMAGE, ignore_eos=True, vllm_xargs={"diffusion_refresh_interval": 32})
+    picture = chat_of(IMAGE, ignore_eos=True, vllm_xargs=cached)
     del picture["max_tokens"]
     assert server.send(picture)["usage"]["completion_tokens"] == 128
-    response = {"model": MODEL, "input": "hi", "ignore_eos": True}
-    assert server.http.post("/v1/responses", json=response).json()["usage"]["output_tokens"] == 128
+    response = server.http.post("/v1/responses", json=plain | {"input": "hi"})
+    assert response.json()["usage"]["output_tokens"] == 128
     # What is named is untouched.
-    assert server.send(body | {"max_tokens": 140})["usage"]["completion_tokens"] == 140
-    named = server.send(body | {"vllm_xargs": {"diffusion_canvas_length": 160, "diffusion_max_steps": 8}})
+    few = cached | {"diffusion_max_steps": 8}
+    assert server.send(body | {"max_tokens": 140, "vllm_xargs": few})["usage"]["completion_tokens"] == 140
+    named = server.send(body | {"vllm_xargs": few | {"diffusion_canvas_length": 160}})
     assert named["usage"]["completion_tokens"] == 160
