@@ -1,4 +1,4 @@
-"""`vllm-dvlm batch` without an engine: rows, what is done, and rows that move from lost workers to living ones."""
+"""`vllm-dvlm batch` and `serve` without an engine: arguments, rows, what is done, and rows that move from lost workers to living ones."""
 
 import asyncio
 import base64
@@ -125,6 +125,20 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, options, text):
     monkeypatch.chdir(tmp_path)
     lines(tmp_path, "{}")
     assert main(["batch", "--model", "m", "--input", "in.jsonl", "--output", "out.jsonl", *options]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--replicas", "0"], "--replicas must be positive"),
+        (["--drain-timeout", "0"], "--drain-timeout must be positive"),
+        (["--min-replicas", "2"], "--min-replicas needs --max-replicas"),
+        (["--replicas", "3", "--max-replicas", "2"], "must lie between"),
+    ],
+)
+def test_bad_arguments_of_serve(capsys, options, text):
+    assert main(["serve", "m", *options]) == 2
     assert text in capsys.readouterr().err
 
 
