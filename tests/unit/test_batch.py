@@ -1,4 +1,4 @@
-"""`vllm-dvlm batch` and `serve` without an engine: arguments, rows, what is done, and rows that move from lost workers to living ones."""
+"""`vllm-dvlm batch` and `serve` without an engine: arguments, rows, what is done, rows that move from lost workers."""
 
 import asyncio
 import base64
