@@ -2,8 +2,9 @@
 
     python examples/demo.py [--model FOLDER] [--out FOLDER] [--questions N]
 
-The demo model (examples/demo_model, see examples/train_demo) answers questions about coloured handwritten digits;
-the questions here are about digits that it never saw. With --model another LLaDA-V checkpoint is asked about a photo.
+The demo models (examples/demo_model, a LLaDA-V, and examples/demo_lavida, see examples/train_demo) answer questions
+about coloured handwritten digits; the questions here are about digits that they never saw. LaViDa is asked the last
+one. With --model another checkpoint is asked about a photo.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from openai import OpenAI
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-DEMO_MODEL = HERE / "demo_model"
+DEMO_MODEL, DEMO_LAVIDA = HERE / "demo_model", HERE / "demo_lavida"
 SHOWN = (
     "denoise_steps",
     "forward_tokens",
@@ -61,7 +64,7 @@ class Way:
 
 
 def main() -> None:
-    """Run the demo; exits with an error if the server does not come up or a reply is missing."""
+    """Run the demo; exits with an error if a server does not come up or a reply is missing."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
@@ -69,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     is_demo = args.model.resolve() == DEMO_MODEL
-    items = digit_items(args.questions) if is_demo else [photo_item()]
+    items = digit_items(args.questions + 1) if is_demo else [photo_item()]
     for item in items:
         item.path = args.out / f"{item.name}.png"
         item.image.save(item.path)
@@ -79,31 +82,49 @@ def main() -> None:
         Way("cached", {"diffusion_refresh_interval": canvas, "diffusion_threshold": 1.0}),
         Way("pruned", PRUNED),
     ]
+    own = items[: args.questions]
+    with serve(args.model, args.out, [] if is_demo else ["--max-model-len", "8192"]) as url:
+        client = ask_all_ways(url, args.model, own, ways, canvas, args.out)
+        print_answers(own, ways)
+        stream(client, items[0], str(args.model), canvas)
+        print_metrics(url)
+    if is_demo:
+        # LaViDa computes its prompt once, whatever the options.
+        ways = [Way("prefix", {}), Way("pruned", PRUNED)]
+        with serve(DEMO_LAVIDA, args.out) as url:
+            ask_all_ways(url, DEMO_LAVIDA, items[-1:], ways, canvas, args.out)
+            print_answers(items[-1:], ways)
+
+
+@contextmanager
+def serve(model: Path, out: Path, more: Sequence[str] = ()) -> Iterator[str]:
+    """The address of `vllm serve` for a checkpoint; it ends with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"dvlm": {"trace_dir": str(args.out / "traces")}}
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(args.model), "--port", str(port)]
-    command += ["--additional-config", json.dumps(settings), "--host", "127.0.0.1"]
-    command += [] if is_demo else ["--max-model-len", "8192"]
-    print("$", " ".join(command), flush=True)
-    with (args.out / "server.log").open("wb") as log:
+    settings = {"dvlm": {"trace_dir": str(out / "traces")}}
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port)]
+    command += ["--additional-config", json.dumps(settings), "--host", "127.0.0.1", *more]
+    print("\n$", " ".join(command), flush=True)
+    with (out / f"server_{model.name}.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_until_ready(url, server)
-            client = OpenAI(base_url=url + "/v1", api_key="none")
-            common = {"diffusion_canvas_length": canvas, "diffusion_trace": 1}
-            ask(client, items[0], str(args.model), {"diffusion_canvas_length": canvas})  # warms up
-            for way in ways:
-                for item in items:
-                    ask_one_way(client, item, way, str(args.model), common, args.out)
-            print_answers(items, ways)
-            stream(client, items[0], str(args.model), canvas)
-            print_metrics(url)
+            wait_until_ready(url, server, log.name)
+            yield url
         finally:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(60)
+
+
+def ask_all_ways(url: str, model: Path, items: list[Item], ways: list[Way], canvas: int, out: Path) -> OpenAI:
+    """Every question in every way; the client, for more."""
+    client = OpenAI(base_url=url + "/v1", api_key="none")
+    ask(client, items[0], str(model), {"diffusion_canvas_length": canvas})  # warms up
+    for way in ways:
+        for item in items:
+            ask_one_way(client, item, way, str(model), {"diffusion_canvas_length": canvas, "diffusion_trace": 1}, out)
+    return client
 
 
 def digit_items(num: int) -> list[Item]:
@@ -121,18 +142,18 @@ def photo_item() -> Item:
     return Item("photo", Image.fromarray(load_sample_image("china.jpg")), "What is in this picture?")
 
 
-def wait_until_ready(url: str, server: subprocess.Popen, limit_s: float = 300) -> None:
+def wait_until_ready(url: str, server: subprocess.Popen, log: str, limit_s: float = 300) -> None:
     """Poll /health; RuntimeError if the server ends or takes too long."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError("the server ended; see server.log")
+            raise RuntimeError(f"the server ended; see {log}")
         try:
             with urllib.request.urlopen(url + "/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.5)
-    raise RuntimeError(f"the server was not ready after {limit_s:.0f} s; see server.log")
+    raise RuntimeError(f"the server was not ready after {limit_s:.0f} s; see {log}")
 
 
 def ask(client: OpenAI, item: Item, model: str, options: dict, **more):

@@ -28,7 +28,19 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
 
-    from vllm_dvlm import show
+    from vllm_dvlm import serve_command, show
+    from vllm_dvlm.batch import command as batch
+
+    answers = commands.add_parser(
+        "batch", allow_abbrev=False, help="answer a file of questions, on one engine or on replicas by Ray"
+    )
+    batch.add_arguments(answers)
+    answers.set_defaults(run=batch.run, takes_more=True)
+
+    text = "serve replicas behind one address by Ray Serve; one server alone is `vllm serve`"
+    replicas = commands.add_parser("serve", allow_abbrev=False, help=text)
+    serve_command.add_arguments(replicas)
+    replicas.set_defaults(run=serve_command.run, takes_more=True)
 
     picture = commands.add_parser("show", help="draw a trace: dropped patches, importance, the canvas filling up")
     show.add_arguments(picture)
@@ -39,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; exit code 0, or 2 with a message for arguments that cannot be met."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    # `batch` hands what it does not know to vLLM's own parser.
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not getattr(arguments, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         arguments.run(arguments)
     except ValueError as error:

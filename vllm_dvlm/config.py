@@ -221,6 +221,8 @@ def _refuse(vllm_config: VllmConfig) -> None:
     refuse(upstream_settings.problem(vllm_config.cache_config, "CacheConfig"))
     refuse(upstream_settings.problem(vllm_config.parallel_config, "ParallelConfig"))
     refuse(upstream_settings.problem(vllm_config, "VllmConfig"))
+    if (found := _ray_problem(vllm_config)) is not None:
+        raise ValueError(f"--distributed-executor-backend ray: {found}")
     text = vllm_config.model_config.hf_config
     refuse(
         upstream_settings.tensor_parallel_problem(
@@ -230,6 +232,19 @@ def _refuse(vllm_config: VllmConfig) -> None:
             text.intermediate_size,
         )
     )
+
+
+def _ray_problem(vllm_config: VllmConfig) -> str | None:
+    """What is wrong with the Ray cluster that the ranks are to run on; None without Ray, and inside a Ray program."""
+    from vllm.platforms import current_platform
+
+    from vllm_dvlm.cluster import head
+
+    parallel = vllm_config.parallel_config
+    if not parallel.use_ray or parallel.placement_group is not None or head.is_connected():
+        return None
+    own = 0 if current_platform.is_cpu() else current_platform.device_count()
+    return head.problem(parallel.world_size, current_platform.ray_device_key, own)
 
 
 def _name_processors_that_do_nothing(family: Family) -> None:

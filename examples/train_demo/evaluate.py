@@ -8,9 +8,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import vocabulary as words
 from losses import pixels
-from model import LLaDAV
+from model import DiffusionVLM
 
 from vllm_dvlm.bench import digit_questions as questions
 
@@ -28,7 +29,7 @@ class Pruning:
 
 @torch.inference_mode()
 def answers(
-    model: LLaDAV, asked: list[questions.Question], pruning: Pruning | None = None, steps: int = CANVAS
+    model: DiffusionVLM, asked: list[questions.Question], pruning: Pruning | None = None, steps: int = CANVAS
 ) -> list[str]:
     """The model's answers, in order: low-confidence remasking, greedy, `steps` steps for a canvas of `CANVAS`."""
     by_length = defaultdict(list)
@@ -44,7 +45,7 @@ def answers(
     return found
 
 
-def exact_match(model: LLaDAV, asked: list[questions.Question], **how) -> dict[str, float]:
+def exact_match(model: DiffusionVLM, asked: list[questions.Question], **how) -> dict[str, float]:
     """Share of right answers by kind, and "all"."""
     right = defaultdict(list)
     for question, answer in zip(asked, answers(model, asked, **how), strict=True):
@@ -61,33 +62,34 @@ def wilson(share: float, num: int) -> tuple[float, float]:
     return (centre - half) / (1 + z * z / num), (centre + half) / (1 + z * z / num)
 
 
-def visual_tokens(model: LLaDAV, asked: list[questions.Question]) -> torch.Tensor:
+def visual_tokens(model: DiffusionVLM, asked: list[questions.Question]) -> torch.Tensor:
     """[B, N, D], newline token last."""
-    side, patch = model.shape.grid, model.shape.patch
+    side = model.shape.grid
     images = torch.stack([torch.from_numpy(question.image) for question in asked])
-    cells = images.unflatten(1, (side, patch)).unflatten(3, (side, patch)).transpose(2, 3).flatten(1, 2)
+    cells = images.unflatten(1, (side, -1)).unflatten(3, (side, -1)).transpose(2, 3).flatten(1, 2)
     places = torch.arange(side * side).expand(len(asked), -1)
-    visual = model.model.mm_projector(model.tower(pixels(cells), places))
+    _, visual = model.see(pixels(cells), places)
     return torch.cat([visual, model.model.image_newline.expand(len(asked), 1, -1)], dim=1)
 
 
-def _decode(model: LLaDAV, asked: list[questions.Question], pruning: Pruning | None, steps: int) -> torch.Tensor:
+def _decode(model: DiffusionVLM, asked: list[questions.Question], pruning: Pruning | None, steps: int) -> torch.Tensor:
     """Canvases [B, C] of questions with the same number of tokens."""
-    num, embed = len(asked), model.model.embed_tokens
-    visual = visual_tokens(model, asked)
+    num, embed, family = len(asked), model.model.embed_tokens, model.shape.family
+    visual, kept = visual_tokens(model, asked), None
     head = embed(torch.tensor(words.before_image())).expand(num, -1, -1)
-    texts = [(*words.encode(question.question), *words.after_question()) for question in asked]
-    tail = embed(torch.tensor(texts))
+    texts = torch.tensor([(*words.encode(question.question), *words.after_question()) for question in asked])
+    is_canvas = F.pad(torch.zeros(texts.shape, dtype=torch.bool), (0, CANVAS), value=True)
+    forbidden = [words.IDS[text] for text in family.tokens.forbidden]
     canvas = torch.full((num, CANVAS), words.MASK)
-    limit = torch.full((num, 1), CANVAS)  # first end token
+    limit = torch.full((num, 1), CANVAS)  # first end token, where it bounds the canvas
     place = torch.arange(CANVAS)
     for step in range(steps):
         prunes = pruning is not None and step == 0
         for layer in model.model.layers:
             layer.self_attn.probe_rows = CANVAS if prunes else 0
-        x = torch.cat([head, visual, tail, embed(canvas)], dim=1)
-        logits = model.logits(model.text(x, torch.arange(x.shape[1]))[:, -CANVAS:])
-        logits[..., list(words.FORBIDDEN)] = -torch.inf
+        tail = embed(torch.cat([texts, canvas], dim=1))
+        logits = model.logits(model.last_hidden(head, visual, tail, is_canvas, kept)[:, -CANVAS:])
+        logits[..., forbidden] = -torch.inf
         confidence, tokens = logits.double().softmax(-1).max(-1)
         confidence[(canvas != words.MASK) | (place >= limit)] = -1
         best = confidence.topk(CANVAS // steps, dim=1)
@@ -95,14 +97,17 @@ def _decode(model: LLaDAV, asked: list[questions.Question], pruning: Pruning | N
         if not chosen.any():
             break
         canvas = torch.where(chosen, tokens, canvas)
-        limit = torch.where(canvas == words.EOT, place, CANVAS).amin(1, keepdim=True)
+        if family.stops_bound_canvas:
+            limit = torch.where(canvas == words.EOT, place, CANVAS).amin(1, keepdim=True)
         if prunes:
-            visual = _prune(model, visual, canvas == words.MASK, head.shape[1], pruning)
+            kept = _kept(model, visual, canvas == words.MASK, head.shape[1], pruning)
     return canvas
 
 
-def _prune(model: LLaDAV, visual: torch.Tensor, is_masked: torch.Tensor, start: int, pruning: Pruning) -> torch.Tensor:
-    """The kept visual tokens, [B, kept, D]; `is_masked` [B, C] after the first step's commit."""
+def _kept(
+    model: DiffusionVLM, visual: torch.Tensor, is_masked: torch.Tensor, start: int, pruning: Pruning
+) -> torch.Tensor:
+    """Indices of the visual tokens that stay, [B, kept]; `is_masked` [B, C] after the first step's commit."""
     num_visual = visual.shape[1]
     if pruning.method == "random":
         importance = torch.rand(visual.shape[:2], generator=torch.Generator().manual_seed(0))
@@ -110,6 +115,5 @@ def _prune(model: LLaDAV, visual: torch.Tensor, is_masked: torch.Tensor, start: 
         attention = torch.stack([layer.self_attn.probe for layer in model.model.layers]).mean((0, 2))  # [B, C, T]
         rows = is_masked[..., None].float()
         importance = (attention[..., start : start + num_visual] * rows).sum(1) / rows.sum(1)
-    kept = max(1, int(num_visual * pruning.keep_ratio))
-    order = importance.topk(kept, dim=1).indices.sort(dim=1).values
-    return visual.gather(1, order[..., None].expand(-1, -1, visual.shape[-1]))
+    num_kept = max(1, int(num_visual * pruning.keep_ratio))
+    return importance.topk(num_kept, dim=1).indices.sort(dim=1).values

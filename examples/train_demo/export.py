@@ -1,42 +1,75 @@
-"""Write a trained model as a checkpoint folder in LLaDA-V's original layout, with its model card."""
+"""Write a trained model as a checkpoint folder in its family's original layout, with its model card."""
 
 import json
+import re
 from pathlib import Path
 
 import vocabulary as words
 from evaluate import wilson
-from model import LLaDAV, Shape
+from model import DiffusionVLM, Shape
 from safetensors.torch import save_file
 
+from vllm_dvlm.bench import lavida_files
 from vllm_dvlm.bench.checkpoint_files import Sizes, llava_config, vision_config, write_json
+from vllm_dvlm.families.lavida import LAVIDA_LLADA
 
-TOWER_FOLDER = "siglip-tiny-patch14-{tile}"
+TOWER_FOLDER = "siglip-tiny-patch{patch}-{tile}"
 MAX_LENGTH = 2048
+_LLADA_NAMES = {
+    r"^model\.layers\.(\d+)\.(self_attn|mlp)\.": r"model.transformer.blocks.\1.",
+    r"^model\.layers\.": "model.transformer.blocks.",
+    r"\.input_layernorm\.": ".attn_norm.",
+    r"\.post_attention_layernorm\.": ".ff_norm.",
+    r"(blocks\.\d+)\.o_proj\.": r"\1.attn_out.",
+    r"(blocks\.\d+)\.gate_proj\.": r"\1.ff_proj.",
+    r"(blocks\.\d+)\.down_proj\.": r"\1.ff_out.",
+    r"^model\.embed_tokens\.": "model.transformer.wte.",
+    r"^model\.norm\.": "model.transformer.ln_f.",
+    r"^lm_head\.": "model.transformer.ff_out.",
+}
 
 
-def write_checkpoint(model: LLaDAV, folder: Path) -> None:
-    """Write weights, configs and tokenizer."""
+def write_checkpoint(model: DiffusionVLM, folder: Path) -> None:
+    """Write weights, configs and tokenizer, in the original layout of the model's family."""
     shape = model.shape
-    tile = shape.grid * shape.patch
-    tower = TOWER_FOLDER.format(tile=tile)
+    tile = shape.grid * shape.splits * shape.patch
+    tower = TOWER_FOLDER.format(patch=shape.patch, tile=tile)
     (folder / tower).mkdir(parents=True, exist_ok=True)
     sizes = _sizes(shape)
-    config = llava_config(sizes) | {
+    common = {
         "bos_token_id": words.BOS,
         "eos_token_id": words.EOS,
-        "max_position_embeddings": MAX_LENGTH,
         "tokenizer_model_max_length": MAX_LENGTH,
         "rope_theta": shape.rope_theta,
         "mm_vision_tower": tower,
         "image_aspect_ratio": "pad",
-        "image_grid_pinpoints": [[w * tile, h * tile] for w in range(1, 7) for h in range(1, 7)],
     }
-    write_json(folder / "config.json", config)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if shape.family is LAVIDA_LLADA:
+        tensors = {llada_name(name): tensor for name, tensor in tensors.items()}
+        config = lavida_files.llada_config(sizes) | {
+            "max_sequence_length": MAX_LENGTH,
+            "mask_token_id": words.MASK,
+            "pad_token_id": words.EOS,
+            "image_grid_pinpoints": [[w * tile, h * tile] for w, h in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))],
+        }
+    else:
+        config = llava_config(sizes) | {
+            "max_position_embeddings": MAX_LENGTH,
+            "image_grid_pinpoints": [[w * tile, h * tile] for w in range(1, 7) for h in range(1, 7)],
+        }
+    write_json(folder / "config.json", config | common)
     write_json(folder / tower / "config.json", vision_config(sizes) | {"image_size": tile})
     write_json(folder / "generation_config.json", {"bos_token_id": words.BOS, "eos_token_id": words.EOS})
     words.write_tokenizer(folder)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def llada_name(name: str) -> str:
+    """The name that a tensor has in LLaDA's own code, of which LaViDa's text model is a part."""
+    for llama, llada in _LLADA_NAMES.items():
+        name = re.sub(llama, llada, name)
+    return name
 
 
 def _sizes(shape: Shape) -> Sizes:
@@ -97,6 +130,9 @@ def _card_texts(facts: dict) -> dict[str, str]:
         how = "in a run that was interrupted and resumed; the time is that of all parts together"
     return {
         "title": facts["title"],
+        "model": facts["model"][0].upper() + facts["model"][1:],
+        "layout": facts["layout"],
+        "family": facts["family"],
         "robustness": _ROBUST if facts["robust"] else _PLAIN,
         "scores": table(facts["scores"]),
         "pruned": table(facts["pruned"]),
@@ -124,12 +160,14 @@ pipeline_tag: image-text-to-text
 
 # {title}
 
-A LLaDA-V of {parameters} parameters (masked-diffusion text model, SigLIP-style tower, original checkpoint layout) that
+{model} of {parameters} parameters (masked-diffusion text model, SigLIP-style tower, original checkpoint layout) that
 answers questions about pictures of coloured handwritten digits. It exists to test and to show the engine, diffusion
 decoding and visual-token pruning with answers that are right or wrong; it knows nothing else.
 
-A picture has 168x168 pixels, 12x12 cells of 14 pixels: 144 patch tokens and a newline token. Six cells hold a digit in
-one of eight colours (red, green, blue, yellow, orange, purple, pink, white). It may be asked, in these words:
+A picture has 168x168 pixels, {layout}
+
+Six cells hold a digit in one of eight colours (red, green, blue, yellow, orange, purple, pink, white). It may be asked,
+in these words:
 
 - `what colour is the 7?` (red)
 - `which digit is red?` (7)
@@ -158,8 +196,9 @@ With visual tokens pruned after the first step, survivors closing up (all kinds 
 
 ## Training
 
-`python examples/train_demo/train.py --out FOLDER`, seed {seed}, {threads} threads, {minutes} minutes {how}. Loss curve:
-`loss.png`.
+`python examples/train_demo/train.py --out FOLDER --family {family}`
+
+Seed {seed}, {threads} threads, {minutes} minutes {how}. Loss curve: `loss.png`.
 
 | stage | steps | what |
 | --- | --- | --- |

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import vocabulary as words
 from data import NONE, Batch
-from model import LLaDAV
+from model import DiffusionVLM
 from torch import nn
 
 from vllm_dvlm.bench.digit_questions import COLOURS
@@ -50,15 +50,19 @@ def pixels(cells: torch.Tensor) -> torch.Tensor:
     return cells.float() / 127.5 - 1
 
 
-def tower_losses(model: LLaDAV, probes: Probes, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def tower_losses(
+    model: DiffusionVLM, probes: Probes, batch: Batch, through_tower: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Visual tokens [B, N, D], the sum of the auxiliary losses, and each of them for the log.
 
     Tower: digit and colour of a cell can be read off its feature, and the digits beside it. Projector: so can row and
     column, because after pruning nothing else tells where a token was; and of all digit (colour) words, the embedding
     of the right one is nearest, without which the text model takes long to find out what the features mean.
+
+    through_tower: gradients reach the tower; False: the projector alone.
     """
-    features = model.tower(pixels(batch.cells), batch.places)
-    visual = model.model.mm_projector(features).float()
+    features, visual = model.see(pixels(batch.cells), batch.places, through_tower)
+    visual = visual.float()
     at = torch.arange(len(batch.objects))[:, None]
     seen, shown = features.float()[at, batch.objects], visual[at, batch.objects]
     place, grid = batch.places[at, batch.objects], model.shape.grid
@@ -87,30 +91,25 @@ def _mean(logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
 
 
-def thin(
-    visual: torch.Tensor, batch: Batch, thinning: Thinning, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Drop visual tokens [B, N + 1, D] at random, never those the answer needs.
+def thin(num: int, batch: Batch, thinning: Thinning, generator: torch.Generator) -> tuple[torch.Tensor | None, bool]:
+    """Choose which of `num` visual tokens are kept: at random, but always those the answer needs.
 
     Returns:
-        (kept tokens [B, kept, D], their old indices [B, kept], or None where positions close up).
+        (kept indices [B, kept], ascending, or None: all; True if survivors keep their rotary positions).
     """
     draw = torch.rand(3, generator=generator).tolist()
     if draw[0] >= thinning.share:
-        return visual, None
-    num = visual.shape[1]
+        return None, False
     kept = max(8, int(num * (thinning.least + draw[1] * (1 - thinning.least))))
     if kept >= num:
-        return visual, None
-    keys = torch.rand(visual.shape[:2], generator=generator)
+        return None, False
+    keys = torch.rand((len(batch.tail), num), generator=generator)
     keys.scatter_add_(1, batch.objects, 2.0 * batch.relevant)
-    order = keys.topk(kept, dim=1).indices.sort(dim=1).values
-    visual = visual.gather(1, order[..., None].expand(-1, -1, visual.shape[-1]))
-    return visual, order if draw[2] < thinning.gaps else None
+    return keys.topk(kept, dim=1).indices.sort(dim=1).values, draw[2] < thinning.gaps
 
 
 def answer_loss(
-    model: LLaDAV,
+    model: DiffusionVLM,
     visual: torch.Tensor,
     batch: Batch,
     thinning: Thinning | None = None,
@@ -123,19 +122,13 @@ def answer_loss(
     """
     num = len(batch.tail)
     visual = torch.cat([visual, model.model.image_newline.expand(num, 1, -1)], dim=1)
-    num_visual, old = visual.shape[1], None
+    kept, has_gaps = None, False
     if thinning is not None:
-        visual, old = thin(visual, batch, thinning, generator)
+        kept, has_gaps = thin(visual.shape[1], batch, thinning, generator)
     head = torch.tensor(words.before_image()).expand(num, -1)
     tail = torch.where(batch.is_masked, words.MASK, batch.tail)
     embed = model.model.embed_tokens
-    x = torch.cat([embed(head), visual, embed(tail)], dim=1)
-    positions = torch.arange(x.shape[1])
-    if old is not None:
-        first = head.shape[1]
-        rest = torch.arange(tail.shape[1]).expand(num, -1) + first + num_visual
-        positions = torch.cat([torch.arange(first).expand(num, -1), old + first, rest], dim=1)
-    hidden = model.text(x, positions)[:, -tail.shape[1] :]
+    hidden = model.last_hidden(embed(head), visual, embed(tail), batch.is_canvas, kept, has_gaps)
     masked = batch.is_masked
     logits = model.logits(hidden[masked]).float()
     targets = batch.tail[masked]

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from data import Batch, Window, draw_batch, draw_crowd, training_glyphs
 from losses import Probes, Thinning, answer_loss, tower_losses
-from model import LLaDAV
+from model import DiffusionVLM
 from tqdm import tqdm
 
 from vllm_dvlm.bench.digit_questions import Glyphs
@@ -32,6 +32,7 @@ class Stage:
         part: samples per forward pass; gradients of a batch's parts add up. Parts run side by side, and small ones
             stay in the cache.
         crowds: pictures full of digits beside each batch, for the tower alone: reading digits takes longest to learn.
+        trains_tower: the pictures of the window train the tower, too; False: crowds alone.
     """
 
     name: str
@@ -42,13 +43,14 @@ class Stage:
     part: int = 64
     crowds: int = 16
     thinning: Thinning | None = None
+    trains_tower: bool = True
 
 
 @dataclass
 class Run:
     """Everything a state file holds."""
 
-    model: LLaDAV
+    model: DiffusionVLM
     probes: Probes
     seed: int
     optimisers: list[torch.optim.Optimizer] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Run:
         self.stage, self.step, self.seconds, self.history, self.resumed = content["progress"]
 
 
-def build_optimisers(model: LLaDAV, probes: Probes) -> list[torch.optim.Optimizer]:
+def build_optimisers(model: DiffusionVLM, probes: Probes) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks (three times fewer steps to the first look-ups), AdamW for the rest."""
     inside, others = [], []
     for name, parameter in model.named_parameters():
@@ -92,7 +94,7 @@ def build_optimisers(model: LLaDAV, probes: Probes) -> list[torch.optim.Optimize
 
 def run_stages(
     run: Run,
-    stages: list[Stage],
+    stages: Sequence[Stage],
     state: Path,
     after_stage: Callable[[Run, Stage], None],
     scale: float = 1.0,
@@ -105,7 +107,7 @@ def run_stages(
 
 def _run_stages(
     run: Run,
-    stages: list[Stage],
+    stages: Sequence[Stage],
     state: Path,
     after_stage: Callable[[Run, Stage], None],
     scale: float,
@@ -170,7 +172,8 @@ def train_step(run: Run, stage: Stage, glyphs: Glyphs, pool: Executor) -> tuple[
         part, answers_of = job
         generator = torch.Generator().manual_seed(seed)
         with torch.autocast("cpu", torch.bfloat16):
-            visual, auxiliary, _ = tower_losses(run.model, run.probes, part)
+            through_tower = answers_of is None or answers_of.trains_tower
+            visual, auxiliary, _ = tower_losses(run.model, run.probes, part, through_tower)
             answer = torch.zeros(())
             if answers_of is not None:
                 answer = answer_loss(run.model, visual, part, answers_of.thinning, generator)
@@ -197,8 +200,10 @@ def attention_in_float32() -> None:
     """Let attention run in float32 under autocast: its bfloat16 backward pass takes twice as long on a CPU."""
     fused = F.scaled_dot_product_attention
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
-            return fused(q.float(), k.float(), v.float())
+            return fused(q.float(), k.float(), v.float(), attn_mask=attn_mask)
 
     F.scaled_dot_product_attention = attend

@@ -1,6 +1,6 @@
-"""Train the demo model: a small LLaDA-V that answers questions about pictures of digits.
+"""Train a demo model: a small LLaDA-V or LaViDa that answers questions about pictures of digits.
 
-    python examples/train_demo/train.py --out FOLDER
+    python examples/train_demo/train.py --out FOLDER [--family lavida]
 
 Writes the checkpoint, its model card and the loss curve to FOLDER, and the checkpoint from before the robustness stage
 to FOLDER/before_robustness. Progress is saved every minute: --resume goes on from there.
@@ -8,42 +8,28 @@ to FOLDER/before_robustness. Progress is saved every minute: --resume goes on fr
 
 import argparse
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from data import Window
 from evaluate import Pruning, answers
 from export import score, write_card, write_checkpoint
-from losses import Probes, Thinning
-from model import LLaDAV, Shape
+from losses import Probes
+from model import DiffusionVLM, Shape
+from recipes import LAST_PLAIN, RECIPES, WHAT, shortened
 from stages import Run, Stage, attention_in_float32, build_optimisers, run_stages
 
 from vllm_dvlm.bench import digit_questions as questions
 
 STATE = "training_state.pt"
-LAST_PLAIN = "whole grid"
-STAGES = [
-    Stage("tower", 2000, None, (6e-3, 3e-3), batch=64, part=32),
-    Stage("small windows", 2400, Window(2, 4, digits=(2, 6)), (3e-3, 3e-3), part=32),
-    Stage("larger windows", 300, Window(4, 8), (3e-3, 2e-3), part=64),
-    Stage(LAST_PLAIN, 250, Window(12, 12), (2e-3, 2e-4), part=32, crowds=96),
-    Stage("robustness", 350, Window(12, 12), (1.5e-3, 1e-4), part=32, crowds=96, thinning=Thinning(0.7)),
-]
-WHAT = {
-    "tower": "windows of 4x4 cells, a digit in each, auxiliary losses alone",
-    "small windows": "windows of 2 to 4 cells a side, anywhere in the grid, with 2 to 6 digits",
-    "larger windows": "windows of 4 to 8 cells a side",
-    LAST_PLAIN: "all 12x12 cells",
-    "robustness": "12x12 cells, visual tokens dropped at random in 70 % of steps, down to 8 %",
-}
 
 
 def main() -> None:
     """Train, or go on training, and write everything."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--family", choices=RECIPES, default="llada_v")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes-scale", type=float, default=1.0, help="scales the steps of every stage")
@@ -53,10 +39,11 @@ def main() -> None:
     torch.set_num_threads(1)  # parts of a batch run side by side instead
     attention_in_float32()
     args.out.mkdir(parents=True, exist_ok=True)
-    stages, num_questions = STAGES, 1000
+    recipe, num_questions = RECIPES[args.family], 1000
+    stages = recipe.stages
     if args.short:
-        stages, num_questions = shortened(STAGES), 20
-    run = start(args.seed)
+        stages, num_questions = shortened(stages), 20
+    run = start(recipe.shape, args.seed)
     state = args.out / STATE
     resumed = args.resume and state.exists()
     if resumed:
@@ -66,33 +53,22 @@ def main() -> None:
         if stage.name in (LAST_PLAIN, stages[-1].name):
             robust = stage.thinning is not None
             folder = args.out if robust else args.out / "before_robustness"
-            facts = {"resumed": run.resumed, "seed": args.seed, "threads": args.threads}
+            facts = {"resumed": run.resumed, "seed": args.seed, "threads": args.threads, "family": args.family}
             finish(run, folder, robust, num_questions, stages, facts)
 
     run.resumed = run.resumed or resumed
     run_stages(run, stages, state, after_stage, args.minutes_scale, args.threads)
 
 
-def start(seed: int) -> Run:
+def start(shape: Shape, seed: int) -> Run:
     """An untrained model."""
     torch.manual_seed(seed)
-    shape = Shape()
-    model = LLaDAV(shape)
+    model = DiffusionVLM(shape)
     probes = Probes(shape.tower_width, shape.width, shape.grid)
     return Run(model, probes, seed, build_optimisers(model, probes))
 
 
-def shortened(stages: list[Stage]) -> list[Stage]:
-    """The same recipe with few steps of small batches, and windows instead of the whole grid."""
-    num_steps = {"tower": 80, "small windows": 40}
-    largest = Window(2, 5)
-    return [
-        replace(stage, steps=num_steps.get(stage.name, 5), window=stage.window and largest, batch=min(stage.batch, 64))
-        for stage in stages
-    ]
-
-
-def finish(run: Run, folder: Path, robust: bool, num_questions: int, stages: list[Stage], facts: dict) -> None:
+def finish(run: Run, folder: Path, robust: bool, num_questions: int, stages: Sequence[Stage], facts: dict) -> None:
     """Write one checkpoint with its card and loss curve, and print its figures."""
     begin = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,16 +81,19 @@ def finish(run: Run, folder: Path, robust: bool, num_questions: int, stages: lis
         of_kind = [ok for question, ok in zip(asked, right, strict=True) if question.kind == kind]
         scores[kind] = score(sum(of_kind), len(of_kind))
     scores["all"] = score(sum(right), len(right))
-    part = asked[: num_questions // 2]
+    part = asked[: num_questions // 4]
     for method in ("redvtp", "random"):
         for keep_ratio in (0.5, 0.25, 0.1):
             found = answers(run.model, part, Pruning(method, keep_ratio))
             num_right = sum(a == q.answer for q, a in zip(part, found, strict=True))
             pruned[f"{method} {keep_ratio}"] = score(num_right, len(part))
     run.seconds += time.monotonic() - begin
+    recipe = RECIPES[facts["family"]]
     losses = [row[2] for row in run.history if stages[row[0]].window is not None]
     facts |= {
-        "title": "Digit questions: a small LLaDA-V" + ("" if robust else ", before robustness training"),
+        "title": f"Digit questions: {recipe.title}" + ("" if robust else ", before robustness training"),
+        "model": recipe.title,
+        "layout": recipe.layout,
         "robust": robust,
         "scores": scores,
         "pruned": pruned,
@@ -133,7 +112,7 @@ def finish(run: Run, folder: Path, robust: bool, num_questions: int, stages: lis
         print(f"{folder.name} {name}: {100 * numbers['share']:.1f} %  {numbers['interval_95']}", flush=True)
 
 
-def draw_curve(run: Run, stages: list[Stage], path: Path) -> None:
+def draw_curve(run: Run, stages: Sequence[Stage], path: Path) -> None:
     """Both losses by step, stages marked."""
     import matplotlib
 

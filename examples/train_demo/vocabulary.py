@@ -35,8 +35,6 @@ IDS = {token: i for i, token in enumerate(TOKENS)}
 NUM_ROWS = 128  # rows of the embedding; those above len(TOKENS) are unused
 UNK, BOS, EOS, MASK = (IDS[t] for t in ("<|unk|>", "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"))
 EOT = IDS["<|eot_id|>"]
-# The reference never writes these (golden README, point 24).
-FORBIDDEN = tuple(IDS[t] for t in ("<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>"))
 
 _PIECE = r"\n|[a-z]+|[0-9]+|[^\sa-z0-9]"
 

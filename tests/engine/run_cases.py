@@ -3,9 +3,9 @@
     python -m tests.engine.run_cases CHECKPOINT OUT '{"engine": {...}, "cases": [...], "chat": NAME, "noisy": NAME}'
 
 engine: arguments of ``LLM``. cases: recorded runs to repeat together. changed: name -> [recorded run, its other
-options], in the same batch. noisy: one run with temperature and random remasking, there too. chat: one run from its
-question through the chat template. OUT becomes a JSON object of name -> {"tokens", "prompt_len", "finish_reason",
-"request_id"}.
+options, sampling parameters if any], in the same batch. noisy: one run with temperature and random remasking, there
+too. chat: one run from its question through the chat template. OUT becomes a JSON object of name -> {"tokens",
+"prompt_len", "finish_reason", "request_id"}.
 """
 
 import base64
@@ -89,7 +89,8 @@ def main() -> None:
         return SamplingParams(max_tokens=case.settings["gen_length"], extra_args=extra_args, **changes)
 
     work = {name: (name, {}, {"temperature": 0}) for name in job["cases"]}
-    work |= {name: (of, options, {"temperature": 0}) for name, (of, options) in job.get("changed", {}).items()}
+    for name, (of, options, *more) in job.get("changed", {}).items():
+        work[name] = (of, options, {"temperature": 0} | (more[0] if more else {}))
     if "noisy" in job:
         work["noisy"] = (job["noisy"], NOISY_OPTIONS, NOISE)
     prompts, settings = [], []

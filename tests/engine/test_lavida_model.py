@@ -121,6 +121,13 @@ def test_embedding_without_rows_behind_the_last_token(folders, loaded, tmp_path)
     assert torch.equal(table[: LLADA.num_tokens], whole[: LLADA.num_tokens])
 
 
+def test_a_missing_part_of_a_joined_layer_is_named(folders, group, tmp_path):
+    lost = "model.layers.1.self_attn.k_proj.bias"
+    folder = rewritten(folders(DREAM), tmp_path, lambda tensors: tensors.pop(lost))
+    with pytest.raises(ValueError, match=f"lacks 1 tensors, among them {lost}"):
+        LoadedModel(folder)
+
+
 def test_no_newline_vector_where_none_is_used(folders, loaded, tmp_path):
     """The official code writes none then."""
     case = cases.load("img_spatial_980")

@@ -41,7 +41,10 @@ FORBIDDEN = {
     ],
     "worker/states.py": ["vllm_dvlm.pruning", "vllm_dvlm.kv"],
     "worker/sampler.py": ["vllm_dvlm.pruning", "vllm_dvlm.kv"],
-    "scheduler.py": ["torch", "vllm_dvlm.worker", "vllm_dvlm.denoise", "vllm_dvlm.models"],
+    **{f"batch/{name}.py": ["torch", "vllm", "ray"] for name in ("rows", "ledger", "driver")},
+    # Ray is optional: one folder knows it.
+    **{pattern: ["ray"] for pattern in ("*.py", "[!c]*/*.py", "bench/*/*.py", "batch/*.py")},
+    "scheduler.py": ["ray", "torch", "vllm_dvlm.worker", "vllm_dvlm.denoise", "vllm_dvlm.models"],
 }
 
 

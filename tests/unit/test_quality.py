@@ -20,6 +20,9 @@ from vllm_dvlm.bench.quality import Scored
 from vllm_dvlm.bench.questions import Item
 from vllm_dvlm.bench.settings_grid import Mode, Setting
 from vllm_dvlm.cli import build_parser, main
+from vllm_dvlm.families import LAVIDA_LLADA
+from vllm_dvlm.models.anyres import num_visual_tokens
+from vllm_dvlm.models.configuration import load_config, resolve_vision_config
 from vllm_dvlm.placement import resolve
 from vllm_dvlm.settings import ServerSettings
 
@@ -232,6 +235,17 @@ def test_defaults_hold_what_the_figures_need(default, layers):
     assert wanted <= names and len(names) < 70
 
 
+@pytest.mark.parametrize("default", [settings_grid.quality_default, settings_grid.frontier_default])
+def test_a_prefix_is_never_refreshed(default):
+    everything = settings_grid.grid((1, 2), (2, 32), 1.0, attentions=LAVIDA_LLADA.attentions)
+    for setting in everything:
+        resolve(setting.options(), 8, ServerSettings(num_layers=4, architecture=LAVIDA_LLADA.architecture))
+    assert len({setting.name for setting in everything}) == len(everything)
+    names = {setting.name for setting in default(everything)}
+    assert {"unpruned", "threshold_redvtp_25", "full_unpruned", "full_redvtp_50", "full_refresh32_unpruned"} <= names
+    assert settings_grid.cached_mode(everything) == Mode() and len(names) < 70
+
+
 def test_fastv_layers():
     assert [settings_grid.prune_layers(n) for n in (2, 3, 4, 32)] == [(1,), (1, 2), (1, 2, 3), (1, 16, 24)]
 
@@ -255,7 +269,8 @@ def test_chosen_settings():
 
 @pytest.fixture
 def model(tmp_path):
-    (tmp_path / "config.json").write_text('{"num_hidden_layers": 4}')
+    config = {"architectures": ["LlavaLLaDAModelLM"], "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     return str(tmp_path)
 
 
@@ -289,7 +304,14 @@ def test_model_is_the_demo_or_has_to_be_named(tmp_path, monkeypatch):
     assert Path(question_job.model_of(None)).resolve() == tmp_path / question_job.DEMO
     assert question_job.model_of("other") == "other"
     with pytest.raises(ValueError, match="No config"):
-        question_job.num_layers_of(str(tmp_path / question_job.DEMO))
+        question_job.family_and_layers(str(tmp_path / question_job.DEMO))
+
+
+@pytest.mark.parametrize("name", ["demo_model", "demo_lavida"])
+def test_shipped_models_can_be_asked(name):
+    config = load_config(str(Path(__file__).parents[2] / "examples" / name))
+    layout = config.image_layout(resolve_vision_config(config))
+    assert config.num_hidden_layers == 4 and num_visual_tokens(168, 168, layout) == 145
 
 
 def test_list_of_settings(model, capsys):

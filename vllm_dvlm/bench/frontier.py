@@ -19,7 +19,7 @@ from vllm_dvlm.bench.pruning_job import Measured, in_child
 from vllm_dvlm.bench.quality import PARTS_OF_NAME, Scored, load, write_answers
 from vllm_dvlm.bench.question_job import Job, job_of
 from vllm_dvlm.bench.question_job import add_arguments as add_common_arguments
-from vllm_dvlm.bench.settings_grid import Mode, Setting
+from vllm_dvlm.bench.settings_grid import Setting
 
 SHOWN = ("exact_match", "x_exact", "x_cache")  # figures that are printed
 MARKERS = "osD^vPX*<>ph"
@@ -141,10 +141,9 @@ def measure_frontier(job: Job) -> Measured:
 
 
 def cache_baseline(settings: Sequence[Setting]) -> Setting | None:
-    """Unpruned, with the longest refresh interval and a fixed number of steps."""
-    longest = max(setting.mode.refresh for setting in settings)
-    found = Setting(Mode(longest))
-    return found if longest > 1 and found in settings else None
+    """Unpruned, with the longest refresh interval and a fixed number of steps; None where that is the base itself."""
+    found = Setting(settings_grid.cached_mode(settings))
+    return found if found != settings[0] and found in settings else None
 
 
 def figures_of(rows: Sequence[Row]) -> Row:

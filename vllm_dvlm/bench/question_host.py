@@ -21,8 +21,8 @@ from vllm_dvlm.bench.question_job import Job
 from vllm_dvlm.bench.questions import Item
 from vllm_dvlm.bench.scoring import is_match
 from vllm_dvlm.bench.settings_grid import Setting
-from vllm_dvlm.models.anyres import ImageLayoutConfig, num_visual_tokens
-from vllm_dvlm.models.configuration import LlavaLLaDAConfig, resolve_vision_config
+from vllm_dvlm.models.anyres import num_visual_tokens
+from vllm_dvlm.models.configuration import load_config, resolve_vision_config
 from vllm_dvlm.models.renderer import IMAGE_PLACEHOLDER, default_template
 from vllm_dvlm.terms import cdiv, round_up
 
@@ -157,8 +157,8 @@ class QuestionHost:
 
 def longest_prompt(model: str, items: Sequence[Item]) -> int:
     """Tokens of the longest prompt, from the checkpoint's files alone: the engine is sized by it."""
-    config = LlavaLLaDAConfig(**LlavaLLaDAConfig.get_config_dict(model)[0])
-    layout = ImageLayoutConfig.from_hf_config(config, resolve_vision_config(config))
+    config = load_config(model)
+    layout = config.image_layout(resolve_vision_config(config))
     model_config = EngineArgs(model=model).create_model_config()
     tokenizer = cached_tokenizer_from_config(model_config)
     template = default_template(tokenizer, model_config).template

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from vllm_dvlm.bench import settings_grid
 from vllm_dvlm.bench.common import add_output_arguments
 from vllm_dvlm.bench.pruning_job import CACHED
-from vllm_dvlm.bench.settings_grid import Mode, Setting
+from vllm_dvlm.bench.settings_grid import Setting
+from vllm_dvlm.families.base import Family
 
 DEMO = Path("examples") / "demo_model"
 
@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--canvas-length", type=int, default=8)
     parser.add_argument("--steps", type=int, help="denoising steps of the canvas (default: one per position)")
     parser.add_argument("--block-length", type=int, help="default: the canvas is one block")
-    parser.add_argument("--refresh", type=int, nargs="+", default=[2, CACHED], help="refresh intervals besides 1")
+    parser.add_argument(
+        "--refresh", type=int, nargs="+", default=[2, CACHED], help="refresh intervals besides 1, for full attention"
+    )
     parser.add_argument("--threshold", type=float, default=1.0, help="factor of the threshold modes")
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=list(settings_grid.KEEP_RATIOS))
     parser.add_argument("--fastv-layers", type=int, nargs="+", help="default: the first, half, three quarters")
@@ -86,23 +88,21 @@ def model_of(name: str | None) -> str:
     raise ValueError(f"{DEMO} is not here: name a checkpoint with --model.")
 
 
-def num_layers_of(model: str) -> int:
-    """Text layers of a checkpoint. ValueError if its config cannot be read."""
-    path = Path(model) / "config.json"
-    try:
-        if path.is_file():
-            return int(json.loads(path.read_text(encoding="utf-8"))["num_hidden_layers"])
-        from transformers import PreTrainedConfig
+def family_and_layers(model: str) -> tuple[Family, int]:
+    """Family and number of text layers of a checkpoint. ValueError if its config cannot be read."""
+    from vllm_dvlm.models.configuration import load_config
 
-        return int(PreTrainedConfig.get_config_dict(model)[0]["num_hidden_layers"])
+    try:
+        config = load_config(model)
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"No config of a LLaDA-V checkpoint at {model}: {error}") from None
+        raise ValueError(f"No config of a checkpoint that can be served at {model}: {error}") from None
+    return config.family, config.num_hidden_layers
 
 
 def job_of(arguments: argparse.Namespace, default: Any, with_cache: bool = False, **more: Any) -> Job:
     """Settings from parsed arguments; `default` chooses from the grid (`settings_grid`), `more` are fields of `Job`.
 
-    with_cache: the longest refresh interval, unpruned, is measured in any case.
+    with_cache: what reads the KV of earlier steps most, unpruned, is measured in any case.
 
     ValueError for arguments that cannot be met.
     """
@@ -125,14 +125,18 @@ def job_of(arguments: argparse.Namespace, default: Any, with_cache: bool = False
     if arguments.data is not None and not Path(arguments.data).is_file():
         raise ValueError(f"--data: {arguments.data} is no file.")
     model = model_of(arguments.model)
-    num_layers = num_layers_of(model)
+    family, num_layers = family_and_layers(model)
     layers = arguments.fastv_layers or settings_grid.prune_layers(num_layers)
     if any(not 0 < layer < num_layers for layer in layers):
         raise ValueError(f"--fastv-layers must be from 1 to {num_layers - 1}.")
     everything = settings_grid.grid(
-        sorted(set(layers)), arguments.refresh, arguments.threshold, sorted(set(arguments.keep_ratios))
+        sorted(set(layers)),
+        arguments.refresh,
+        arguments.threshold,
+        sorted(set(arguments.keep_ratios)),
+        family.attentions,
     )
-    always = [Setting(Mode()), *([Setting(Mode(max(arguments.refresh)))] if with_cache else [])]
+    always = [everything[0], *([Setting(settings_grid.cached_mode(everything))] if with_cache else [])]
     settings = settings_grid.choose(everything, default(everything), arguments.settings, always)
     if arguments.list_settings:
         for setting in everything:

@@ -42,6 +42,15 @@ def checkpoint_config(model_type: str) -> type[PreTrainedConfig]:
     return type("CheckpointConfig", (PreTrainedConfig,), members)
 
 
+def load_config(model: str) -> "MaskedDiffusionConfig":
+    """The config of a checkpoint folder or hub name, of the class of its family.
+
+    OSError if there is no config.json; ValueError for one of no known family.
+    """
+    content = MaskedDiffusionConfig.get_config_dict(model)[0]
+    return checkpoint_config(content.get("model_type", "")).from_dict(content)
+
+
 class MaskedDiffusionConfig(PreTrainedConfig):
     """config.json of a checkpoint: text fields at the top level, image fields beside them.
 

@@ -28,6 +28,19 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 
+# Joined parameters of vLLM's layers -> what they have in a checkpoint.
+_JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def _parts(name: str) -> list[str]:
+    """Names that a checkpoint has for the weight or bias of a joined layer; empty for all others."""
+    layer, _, kind = name.rpartition(".")
+    before, _, joined = layer.rpartition(".")
+    if kind not in ("weight", "bias") or joined not in _JOINED:
+        return []
+    return [f"{before}.{part}.{kind}" for part in _JOINED[joined]]
+
+
 @MULTIMODAL_REGISTRY.register_processor(
     TileMultiModalProcessor, info=TileProcessingInfo, dummy_inputs=TileDummyInputsBuilder
 )
@@ -83,6 +96,7 @@ class MaskedDiffusionVLM(nn.Module, SupportsMultiModal):
         self.logits_processor = LogitsProcessor(config.vocab_size)
         # Every rank samples, so every rank needs all columns.
         self.logits_processor.use_all_gather = True
+        self.is_loaded = False
 
     def embed_multimodal(self, **kwargs: object) -> list[torch.Tensor]:
         """Visual tokens of the images in ``kwargs``; one [visual tokens, hidden] per image."""
@@ -113,19 +127,35 @@ class MaskedDiffusionVLM(nn.Module, SupportsMultiModal):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load tensors in the original layout, single-file or sharded."""
+        """Load tensors in the original layout, single-file or sharded.
+
+        ValueError for a missing part of a joined parameter; vLLM itself looks for parameters that got no part at all.
+        """
         weights = (self.text_names | VisionStack.weights_mapper("vision.")).apply(weights)
         if self.config.tie_word_embeddings:
             weights = (item for item in weights if not item[0].startswith("lm_head."))
-        return AutoWeightsLoader(self).load_weights(self._padded(weights))
+        seen: set[str] = set()
+        loaded = AutoWeightsLoader(self).load_weights(self._padded(weights, seen))
+        # Later loads are updates, which may come in pieces.
+        missing = [part for name, _ in self.named_parameters() for part in _parts(name) if part not in seen]
+        if missing and not self.is_loaded:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} tensors, among them {', '.join(missing[:3])} (names as vllm-dvlm "
+                "has them): is it complete, and does config.json tell the truth about biases?"
+            )
+        self.is_loaded = True
+        return loaded
 
-    def _padded(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
-        """The weights, with zero rows behind an embedding that ends with the tokenizer's last id.
+    def _padded(
+        self, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """The weights, with zero rows behind an embedding that ends with the tokenizer's last id; names go to `seen`.
 
         The official LaViDa loader cuts it there, and saves it so; no token has such a row.
         """
         rows = self.config.vocab_size
         for name, tensor in weights:
+            seen.add(name)
             if name == "model.embed_tokens.weight" and len(tensor) < rows:
                 tensor = nn.functional.pad(tensor, (0, 0, 0, rows - len(tensor)))
             yield name, tensor
