@@ -134,6 +134,7 @@ def test_file_without_a_good_row_ends_with_a_message(environment, tmp_path, capf
     path, model = tmp_path / "bad.jsonl", tmp_path / "model"
     path.write_text("oops\n")
     model.mkdir()
-    (model / "config.json").write_text('{"num_hidden_layers": 4}')
+    config = {"architectures": ["LlavaLLaDAModelLM"], "num_hidden_layers": 4}
+    (model / "config.json").write_text(json.dumps(config))
     assert main(["bench", "quality", "--model", str(model), "--data", str(path), *OPTIONS]) == 2
     assert "no usable question; line 1: not JSON" in capfd.readouterr().err
