@@ -112,7 +112,9 @@ class Engine:
             "additional_config": {"dvlm": settings},
             "disable_log_stats": False,
         }
-        gc.freeze()  # vLLM collects garbage eight times while it starts: not through all that was imported
+        # vLLM collects garbage eight times while it starts: once is enough for what is here by now.
+        gc.collect()
+        gc.freeze()
         with quiet_process():
             self.llm = LLM(str(checkpoint(**self._build_args)), **arguments | changes)
         self.engine = self.llm.llm_engine

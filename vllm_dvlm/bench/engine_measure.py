@@ -244,10 +244,10 @@ def measure_tiny(job: Job) -> Result:
             value <= target,
             engine_ms=1000 * statistics.median(s.wall_s for s in measured),
         )
-    text = text_prompt(8)
-    shared = [request(text, 32, block_length=4, max_steps=32, refresh_interval=32)] * BATCH
-    plain = [request(text, 32)] * BATCH
-    shape = "tiny, text prompt, canvas 32"
+    text, canvas = text_prompt(8), 16 if job.quick else 32
+    shared = [request(text, canvas, block_length=4, max_steps=canvas, refresh_interval=32)] * BATCH
+    plain = [request(text, canvas)] * BATCH
+    shape = f"tiny, text prompt, canvas {canvas}"
     measure_batch(
         side.host, "N4_batch8_vs_sequential_tiny", f"{shape}, blocks of 4, refresh 32", shared, job.repeats, 3, result
     )
