@@ -163,6 +163,8 @@ class Driver:
             except asyncio.CancelledError:
                 self._lost(row, attempts)
                 raise
+            except Exception as error:  # of this row alone: the worker lives
+                line = error_line(row.name, f"{type(error).__name__}: {error}", 500)
             life.num_out -= 1
             life.is_alone = False
             self._finish(row, line)
