@@ -12,6 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("max-replicas", int, None, "as many replicas as the load needs, up to this"),
         ("target-ongoing-requests", float, 8.0, "requests per replica at which their number changes"),
         ("max-ongoing-requests", int, 64, "requests that a replica holds; others wait in front"),
+        ("max-queued-requests", int, None, "requests that wait in front; 503 for more (default: any number)"),
+        ("fronts", int, 1, "processes that hand requests to replicas, and repeat those of a lost one"),
         ("health-period", float, 2.0, "seconds between two health checks"),
         ("health-timeout", float, 5.0, "seconds until a check has failed"),
         ("drain-timeout", float, 120.0, "seconds that a replica may finish its requests in"),
@@ -23,17 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal. ValueError for bad arguments, a missing Ray or a cluster that is too small."""
-    for name, value in vars(arguments).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive")
-    least, most = arguments.min_replicas or 1, arguments.max_replicas
-    if arguments.min_replicas and not most:
-        raise ValueError("--min-replicas needs --max-replicas; for a fixed number use --replicas")
-    if most and not least <= arguments.replicas <= most:
-        raise ValueError("--replicas, with which it starts, must lie between --min-replicas and --max-replicas")
     try:
-        from vllm_dvlm.cluster import serving
+        from vllm_dvlm.cluster import launch, serving
     except ImportError as error:
         raise ValueError(f"this needs Ray Serve: pip install 'vllm-dvlm[ray]' ({error})") from None
+    names = serving.Settings.__dataclass_fields__
+    settings = serving.Settings(**{name: getattr(arguments, name) for name in names})
+    settings.check()
     engine = ["--model", arguments.model, "-tp", str(arguments.tensor_parallel_size), *arguments.rest]
-    return serving.run(arguments, engine)
+    launch.run(engine, settings)
+    return 0

@@ -50,18 +50,20 @@ def rows_of(arguments: argparse.Namespace, ledger: Ledger, fields: frozenset[str
 
 def workers_of(arguments: argparse.Namespace, engine_arguments: list[str]) -> list[Worker]:
     """Engines, not yet started. ValueError if Ray is wanted and not there, or its cluster is too small."""
-    from vllm_dvlm.batch.local import LocalWorker, has_accelerator
+    from vllm_dvlm.batch.answerer import parse
+    from vllm_dvlm.batch.local import LocalWorker
 
+    args = parse(engine_arguments)
     if arguments.replicas == 1:
         return [LocalWorker(engine_arguments)]
     try:
-        from vllm_dvlm.cluster import actors
+        from vllm_dvlm.cluster import actors, resources
     except ImportError as error:
         raise ValueError(f"--replicas needs Ray: pip install 'vllm-dvlm[ray]' ({error})") from None
-    num_gpus = arguments.tensor_parallel_size if has_accelerator() else 0
-    actors.connect(arguments.replicas, num_gpus)
     replicas, in_flight = arguments.replicas, arguments.in_flight
-    return [actors.RayWorker(engine_arguments, number, replicas, num_gpus, in_flight) for number in range(replicas)]
+    needed = resources.Resources.of(args, replicas)
+    actors.connect(replicas, needed.num_gpus)
+    return [actors.RayWorker(engine_arguments, number, needed, in_flight) for number in range(replicas)]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -90,14 +92,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _answer(arguments: argparse.Namespace, ledger: Ledger, num: int, done: int) -> tuple[Totals, float]:
-    from vllm_dvlm.batch.local import has_accelerator, keep_in_process
+    from vllm_dvlm.batch.local import keep_in_process, steps_in_process
 
-    if arguments.replicas == 1 and not has_accelerator():
-        keep_in_process(None)
-    from vllm_dvlm.batch.answerer import chat_fields, parse
+    if arguments.replicas == 1 and steps_in_process():
+        keep_in_process()
+    from vllm_dvlm.batch.answerer import chat_fields
 
     engine_arguments = ["--model", arguments.model, "-tp", str(arguments.tensor_parallel_size), *arguments.rest]
-    parse(engine_arguments)
     limits = Limits(arguments.in_flight, row_s=arguments.row_timeout, start_s=arguments.start_timeout)
     workers = workers_of(arguments, engine_arguments)
     with (

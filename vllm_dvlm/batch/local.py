@@ -13,12 +13,26 @@ def has_accelerator() -> bool:
     return not current_platform.is_cpu()
 
 
-def keep_in_process(cores: list[int] | None) -> None:
-    """Environment of an engine in this process on a CPU host, on these cores; before vLLM is imported."""
+def steps_in_process() -> bool:
+    """Whether an engine's steps run in the process of its replica: on a CPU host, where a process of their own would
+    be waited for busily, on cores that others need. `VLLM_ENABLE_V1_MULTIPROCESSING=1` wants that process all the same.
+    """
+    return not has_accelerator() and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "1"
+
+
+def keep_in_process() -> None:
+    """Set vLLM's switch for it; before vLLM is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if cores:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-        os.environ["OMP_NUM_THREADS"] = str(len(cores))
+
+
+def bind_threads(cores: list[int], num_ranks: int) -> None:
+    """Environment of an engine on a CPU host that has these cores, for its ranks; before vLLM is imported."""
+    from vllm_dvlm.cpu_host.defaults import split_cores
+
+    # One rank takes all of them: nothing else of vLLM wants a core where its steps run in this process.
+    bound = ",".join(map(str, cores)) if num_ranks == 1 else split_cores(cores, num_ranks)
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bound
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(cores) // num_ranks))
 
 
 class LocalWorker:
@@ -35,7 +49,7 @@ class LocalWorker:
         from vllm_dvlm.batch.answerer import Answerer
 
         self._answerer = Answerer()
-        await self._answerer.start(self._arguments, not has_accelerator(), self._die)
+        await self._answerer.start(self._arguments, steps_in_process(), self._die)
 
     def _die(self) -> None:
         self._is_lost = True

@@ -8,9 +8,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vllm_dvlm.batch.driver import WorkerLost
-from vllm_dvlm.batch.local import keep_in_process
+from vllm_dvlm.cluster.resources import Resources
 
 # Until an actor has a place in the cluster.
 PLACE_S = 60.0
@@ -24,17 +26,14 @@ class EngineActor:
         """Answers once the actor has a place."""
         return os.getpid()
 
-    async def start(self, arguments: list[str], share: tuple[int, int] | None) -> None:
-        """Load. share: on a CPU host, which of how many replicas this is; None on one with GPUs."""
-        # Ranks inside an engine are not Ray's.
-        os.environ.pop("RAY_ADDRESS", None)
-        if share is not None:
-            keep_in_process(cores_of(*share))
+    async def start(self, arguments: list[str], resources: Resources, number: int) -> None:
+        """Load. number: which of the replicas this is."""
+        resources.enter(number)
         from vllm_dvlm.batch.answerer import Answerer
 
         self._answerer = Answerer()
         # A process that is gone is noticed at once; one whose engine is dead would answer with errors.
-        await self._answerer.start(arguments, share is not None, lambda: os._exit(1))
+        await self._answerer.start(arguments, resources.in_process, lambda: os._exit(1))
 
     async def answer(self, request: str) -> str:
         line = await self._answerer.answer(request)
@@ -44,12 +43,13 @@ class EngineActor:
 
 
 class RayWorker:
-    """One replica; `number` of `num_replicas`, which share the cores of a CPU host. in_flight: rows that it holds."""
+    """One replica of several, by its number. in_flight: rows that it holds."""
 
-    def __init__(self, arguments: list[str], number: int, num_replicas: int, num_gpus: int, in_flight: int) -> None:
-        self._arguments, self._number, self._num_replicas = arguments, number, num_replicas
-        self._num_gpus, self._in_flight = num_gpus, in_flight
+    def __init__(self, arguments: list[str], number: int, resources: Resources, in_flight: int) -> None:
+        self._arguments, self._number = arguments, number
+        self._resources, self._in_flight = resources, in_flight
         self._actor: Any = None
+        self._group: PlacementGroup | None = None
         self.pid: int | None = None
 
     async def start(self) -> None:
@@ -57,7 +57,14 @@ class RayWorker:
 
         RuntimeError if the engine says why it cannot start: it would say so again.
         """
-        options = {"num_gpus": self._num_gpus, "num_cpus": 1, "max_concurrency": self._in_flight + 1}
+        options: dict[str, Any] = {"num_cpus": 1, "max_concurrency": self._in_flight + 1}
+        if self._resources.bundles is None:
+            options["num_gpus"] = self._resources.num_gpus
+        else:
+            self._group = ray.util.placement_group(self._resources.bundles, strategy="PACK")
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+            )
         self._actor = EngineActor.options(**options).remote()
         try:
             self.pid = await asyncio.wait_for(self._actor.pid.remote(), PLACE_S)
@@ -65,9 +72,8 @@ class RayWorker:
             raise WorkerLost(f"the cluster has no place for replica {self._number}: see `ray status`") from None
         except RayError as error:
             raise WorkerLost(_last_line(error)) from error
-        share = None if self._num_gpus else (self._number, self._num_replicas)
         try:
-            await self._actor.start.remote(self._arguments, share)
+            await self._actor.start.remote(self._arguments, self._resources, self._number)
         except RayActorError as error:
             raise WorkerLost(_last_line(error)) from error
         except RayError as error:
@@ -87,14 +93,9 @@ class RayWorker:
         if self._actor is not None:
             actor, self._actor = self._actor, None
             ray.kill(actor)
-
-
-def cores_of(number: int, num_replicas: int) -> list[int]:
-    """Cores of a replica on this host, as if all of them were here; every replica has one at least."""
-    cores = sorted(os.sched_getaffinity(0))
-    if num_replicas >= len(cores):
-        return [cores[number % len(cores)]]
-    return cores[number * len(cores) // num_replicas : (number + 1) * len(cores) // num_replicas]
+        if self._group is not None:
+            group, self._group = self._group, None
+            ray.util.remove_placement_group(group)
 
 
 def _last_line(error: BaseException) -> str:
@@ -102,14 +103,17 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def connect(num_replicas: int, num_gpus: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start one on this host; ValueError if it is too small."""
+def connect(num_replicas: int, num_gpus: int, environment: dict[str, str] | None = None) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on this host; ValueError if it is too small.
+
+    environment: variables of the processes that are started there.
+    """
     from vllm_dvlm.cluster import head
 
     address = os.environ.get("RAY_ADDRESS")
     if address and (found := head.silence(address, num_replicas * num_gpus)) is not None:
         raise ValueError(found)
-    ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+    ray.init(address=address, log_to_driver=False, logging_level="WARNING", runtime_env={"env_vars": environment or {}})
     have, kind = ray.cluster_resources(), "GPU" if num_gpus else "CPU"
     wanted = num_replicas * (num_gpus or 1)
     if have.get(kind, 0) < wanted:

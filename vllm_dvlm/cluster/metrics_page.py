@@ -1,7 +1,7 @@
 """`/metrics` of all replicas at one address: every sample with a `replica` label.
 
-Serve sends a scrape to any one replica. So each opens a small page of its own and enters its address on a board, and
-whoever is asked collects all of them.
+Serve sends a scrape to any one replica. So each opens a small page of its own and enters its address on the board, and
+the front collects all of them.
 """
 
 import asyncio
@@ -13,67 +13,48 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.responses import Response
 
 COLLECT_S = 2.0  # that a replica has to show its page; one that does not is left out
 
 
-@ray.remote
-class Board:
-    """Addresses of the replicas' own pages."""
-
-    def __init__(self) -> None:
-        self._addresses: dict[str, str] = {}
-
-    def enter(self, replica: str, address: str) -> None:
-        self._addresses[replica] = address
-
-    def leave(self, replica: str) -> None:
-        self._addresses.pop(replica, None)
-
-    def addresses(self) -> dict[str, str]:
-        return dict(self._addresses)
-
-
 class Page:
-    """A replica's own page, and the joint one in its application."""
+    """A replica's own page."""
 
     def __init__(self, board: Any, replica: str) -> None:
         self._board, self._replica = board, replica
         self._server: Any = None
 
-    async def open(self, app: Any) -> None:
-        """Show the page, and put the joint one in place of the application's own."""
-        from starlette.routing import Route
-        from vllm.v1.metrics.prometheus import get_prometheus_registry
-
+    async def open(self, registry: CollectorRegistry) -> None:
+        """Show the metrics of this process."""
         host = ray.util.get_node_ip_address()
-        self._server, _ = start_http_server(0, host, registry=get_prometheus_registry())
+        self._server, _ = start_http_server(0, host, registry=registry)
         await self._board.enter.remote(self._replica, f"http://{host}:{self._server.server_port}/metrics")
-        app.router.routes.insert(0, Route("/metrics", self._respond))
 
     async def close(self) -> None:
+        """End it."""
         await self._board.leave.remote(self._replica)
         self._server.shutdown()
 
-    async def _respond(self, request: Any) -> Any:
-        from starlette.responses import Response
 
-        addresses = await self._board.addresses.remote()
-        timeout = aiohttp.ClientTimeout(total=COLLECT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            pages = await asyncio.gather(*(_read(session, address) for address in addresses.values()))
-        shown = {replica: page for replica, page in zip(addresses, pages, strict=True) if page is not None}
-        for replica in addresses.keys() - shown.keys():
-            await self._board.leave.remote(replica)
-        return Response(merge(shown), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+async def collect(board: Any) -> Response:
+    """The page of all replicas that show theirs; one where nobody listens any more is struck off the board."""
+    addresses = await board.addresses.remote()
+    shown: dict[str, str] = {}
+    timeout = aiohttp.ClientTimeout(total=COLLECT_S)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
 
+        async def read(replica: str, address: str) -> None:
+            try:
+                async with session.get(address) as reply:
+                    shown[replica] = await reply.text()
+            except aiohttp.ClientConnectorError:
+                await board.leave.remote(replica)
+            except (aiohttp.ClientError, TimeoutError):
+                pass
 
-async def _read(session: aiohttp.ClientSession, address: str) -> str | None:
-    try:
-        async with session.get(address) as reply:
-            return await reply.text()
-    except (aiohttp.ClientError, TimeoutError):
-        return None
+        await asyncio.gather(*(read(*entry) for entry in addresses.items()))
+    return Response(merge(shown), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def merge(pages: dict[str, str]) -> bytes:

@@ -1,139 +1,165 @@
-"""`vllm-dvlm serve`: replicas of vLLM's own server behind one address, by Ray Serve.
+"""Replicas of vLLM's own server behind one address, as an application of Ray Serve.
 
-Every replica runs vLLM's FastAPI application as `vllm serve` does, so its endpoints, errors, report and header are
-those. Serve queues in front, balances by requests in flight, replaces replicas, drains them on shutdown.
+Serve queues in front, balances by requests in flight, replaces replicas, drains them. `app` is the entry point of a
+Serve config file or a RayService; `vllm-dvlm serve` is launch.py.
 """
 
 import asyncio
 import contextlib
 import os
-import signal
 import sys
-import threading
-import types
-from argparse import Namespace
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import ray
 from ray import serve
 
-from vllm_dvlm.batch.local import has_accelerator, keep_in_process
-from vllm_dvlm.cluster.actors import connect, cores_of
-from vllm_dvlm.cluster.metrics_page import Board, Page
+from vllm_dvlm.cluster.application import Application, parse
+from vllm_dvlm.cluster.board import board
+from vllm_dvlm.cluster.front import Front
+from vllm_dvlm.cluster.metrics_page import Page
+from vllm_dvlm.cluster.resources import Resources
 
-APP, BOARD = "vllm_dvlm", "vllm_dvlm_metrics"
 # How soon a dead engine takes its replica along: one that is left would fail fast and draw all requests.
 WATCH_S = 0.2
+# Requests that a front holds; what they wait for is a replica.
+FRONT_REQUESTS = 100_000
 
 
-@serve.deployment(name="engine")
-@serve.ingress()  # the application is made with the engine
+@dataclass(frozen=True)
+class Settings:
+    """Options of the served application; the defaults and meanings are those of `vllm-dvlm serve --help`."""
+
+    replicas: int = 1
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    target_ongoing_requests: float = 8.0
+    max_ongoing_requests: int = 64
+    max_queued_requests: int | None = None
+    fronts: int = 1
+    health_period: float = 2.0
+    health_timeout: float = 5.0
+    drain_timeout: float = 120.0
+    request_timeout: float = 600.0
+
+    def check(self) -> None:
+        """ValueError for values that make no sense."""
+        for name, value in asdict(self).items():
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if self.min_replicas and not self.max_replicas:
+            raise ValueError("--min-replicas needs --max-replicas; for a fixed number use --replicas")
+        if self.max_replicas and not (self.min_replicas or 1) <= self.replicas <= self.max_replicas:
+            raise ValueError("--replicas, with which it starts, must lie between --min-replicas and --max-replicas")
+
+    @property
+    def most(self) -> int:
+        """Replicas at most."""
+        return self.max_replicas or self.replicas
+
+
 class Replica:
-    """One engine and its application. on_cpu: the engine's steps run in this process, on its share of the cores."""
+    """One engine and its application."""
 
-    async def __init__(self, arguments: list[str], num_replicas: int, on_cpu: bool, board: Any) -> None:
-        # Ranks inside an engine are not Ray's.
-        os.environ.pop("RAY_ADDRESS", None)
+    async def __init__(self, arguments: list[str], resources: Resources) -> None:
         context = serve.get_replica_context()
-        if on_cpu:
-            keep_in_process(cores_of(context.rank.rank, num_replicas))
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
+        resources.enter(context.rank.rank)
+        self._application = Application()
+        await self._application.start(arguments, resources.in_process)
+        self._engine = self._application.engine
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-        args = parse(arguments)
-        self._stack = contextlib.AsyncExitStack()
-        self.engine = await _engine(args, on_cpu, self._stack)
-        tasks = await self.engine.get_supported_tasks()
-        self._app = build_app(args, tasks, self.engine.model_config)
-        await init_app_state(self.engine, self._app.state, args, tasks)
-        # vLLM's handler of fatal errors asks the web server to end; the watcher below does that here.
-        self._app.state.server = types.SimpleNamespace()
-        self._page = Page(board, context.replica_id.unique_id)
-        await self._page.open(self._app)
+        self._page = Page(board(), context.replica_id.unique_id)
+        await self._page.open(get_prometheus_registry())
         self._watch = asyncio.create_task(self._leave_with_the_engine())
 
     async def _leave_with_the_engine(self) -> None:
-        while not self.engine.errored:
+        while True:
+            self._leave_if_dead()
             await asyncio.sleep(WATCH_S)
-        print("the engine died, so its replica ends", file=sys.stderr, flush=True)
-        os._exit(1)
 
-    def __serve_build_asgi_app__(self) -> Any:
-        return self._app
+    def _leave_if_dead(self) -> None:
+        if self._engine.errored:
+            print("the engine died, so its replica ends", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    async def respond(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict[str, Any]]]:
+        """See `Application.respond`. Nothing that a dead engine says is passed on: the front asks another replica."""
+        parts = self._application.respond(scope, body)
+        async with contextlib.aclosing(parts):
+            async for messages in parts:
+                self._leave_if_dead()
+                yield messages
 
     async def check_health(self) -> None:
         """Asked by Serve every --health-period seconds."""
-        await self.engine.check_health()
+        await self._engine.check_health()
 
     async def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self._watch.cancel()
             await self._page.close()
-            await self._stack.aclose()
+            await self._application.close()
 
 
-async def _engine(args: Namespace, on_cpu: bool, stack: contextlib.AsyncExitStack) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    if on_cpu:
-        from vllm_dvlm.batch.step_loop import StepLoop
-
-        engine = StepLoop(AsyncEngineArgs.from_cli_args(args))
-        stack.callback(engine.shutdown, 10)
-        return engine
-    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-
-    return await stack.enter_async_context(build_async_engine_client(args))
-
-
-def parse(arguments: list[str]) -> Namespace:
-    """`vllm serve`'s own options; SystemExit with its message for wrong ones."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    args = make_arg_parser(FlexibleArgumentParser(prog="vllm-dvlm serve")).parse_args(arguments)
-    validate_parsed_serve_args(args)
-    return args
-
-
-def run(arguments: Namespace, engine_arguments: list[str]) -> int:
-    """Serve until SIGINT or SIGTERM. ValueError for a cluster that is too small."""
-    args = parse(engine_arguments)
-    on_cpu = not has_accelerator()
-    num_gpus = 0 if on_cpu else arguments.tensor_parallel_size
-    most = arguments.max_replicas or arguments.replicas
-    connect(most, num_gpus)
-    ended = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: ended.set())
-    host, port = args.host or "0.0.0.0", args.port
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": arguments.request_timeout})
-    board = Board.options(name=BOARD, get_if_exists=True, num_cpus=0).remote()
+def deployment(settings: Settings, resources: dict[str, Any]) -> dict[str, Any]:
+    """Options of the engines' deployment."""
     options: dict[str, Any] = {
-        "max_ongoing_requests": arguments.max_ongoing_requests,
-        "max_queued_requests": -1,
-        "health_check_period_s": arguments.health_period,
-        "health_check_timeout_s": arguments.health_timeout,
-        "graceful_shutdown_timeout_s": arguments.drain_timeout,
+        "name": "engine",
+        "max_ongoing_requests": settings.max_ongoing_requests,
+        "max_queued_requests": settings.max_queued_requests or -1,
+        "health_check_period_s": settings.health_period,
+        "health_check_timeout_s": settings.health_timeout,
+        "graceful_shutdown_timeout_s": settings.drain_timeout,
         "graceful_shutdown_wait_loop_s": 0.5,
-        "ray_actor_options": {"num_cpus": 1, "num_gpus": num_gpus},
+        **resources,
     }
-    if arguments.max_replicas:
+    if settings.max_replicas:
         options["autoscaling_config"] = {
-            "min_replicas": arguments.min_replicas or 1,
-            "max_replicas": arguments.max_replicas,
-            "initial_replicas": arguments.replicas,
-            "target_ongoing_requests": arguments.target_ongoing_requests,
+            "min_replicas": settings.min_replicas or 1,
+            "max_replicas": settings.max_replicas,
+            "initial_replicas": settings.replicas,
+            "target_ongoing_requests": settings.target_ongoing_requests,
         }
     else:
-        options["num_replicas"] = arguments.replicas
-    try:
-        serve.run(Replica.options(**options).bind(engine_arguments, most, on_cpu, board), name=APP, blocking=False)
-        print(f"{arguments.replicas} replicas of {arguments.model} at http://{host}:{port}", flush=True)
-        ended.wait()
-        # Replicas finish what they hold; the address says 404 to what comes meanwhile.
-        serve.delete(APP)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-    return 0
+        options["num_replicas"] = settings.replicas
+    return options
+
+
+def behind_front(engines: serve.Application, settings: Settings) -> serve.Application:
+    """The address before these engines: a bound deployment whose class has `respond`, as `Replica` does."""
+    options: dict[str, Any] = {
+        "name": "front",
+        "num_replicas": settings.fronts,
+        "max_ongoing_requests": FRONT_REQUESTS,
+        "health_check_period_s": settings.health_period,
+        "graceful_shutdown_timeout_s": settings.drain_timeout,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "ray_actor_options": {"num_cpus": 0},
+    }
+    return serve.deployment(serve.ingress()(Front), **options).bind(engines)
+
+
+def application(arguments: list[str], settings: Settings) -> serve.Application:
+    """Engines with these options of `vllm serve`, behind fronts."""
+    resources = Resources.of(parse(arguments), settings.most)
+    options = deployment(settings, resources.of_serve())
+    return behind_front(serve.deployment(Replica, **options).bind(arguments, resources), settings)
+
+
+def app(args: dict[str, Any]) -> serve.Application:
+    """Builder for a Serve config file (`import_path: vllm_dvlm.cluster.serving:app`).
+
+    Args:
+        args: `model`; `engine`, a list of options of `vllm serve`; and any of `Settings`. ValueError for others.
+    """
+    args = dict(args)
+    if "model" not in args:
+        raise ValueError("args need a `model`: a checkpoint folder or hub name")
+    arguments = ["--model", args.pop("model"), *map(str, args.pop("engine", []))]
+    names = {field.name for field in fields(Settings)}
+    if unknown := sorted(args.keys() - names):
+        raise ValueError(f"args know no {', '.join(unknown)}; they are model, engine, {', '.join(sorted(names))}")
+    settings = Settings(**args)
+    settings.check()
+    return application(arguments, settings)
