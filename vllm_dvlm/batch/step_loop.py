@@ -6,10 +6,12 @@ that other replicas need (two replicas on two cores: slower than one). `LLMEngin
 """
 
 import asyncio
+import contextvars
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
+from functools import partial
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -107,7 +109,8 @@ class StepLoop(_Unused, EngineClient):  # type: ignore[misc, valid-type]
             except Exception as error:
                 self._loop.call_soon_threadsafe(queue.put_nowait, error)
 
-        self._ask(add)
+        # Admission tells the stream of this very connection (stream_status).
+        self._ask(partial(contextvars.copy_context().run, add))
         is_finished = False
         try:
             while not is_finished:
