@@ -13,7 +13,7 @@ import pytest
 
 START_S = 90
 # Every listener on 127.0.0.1: whoever reaches Ray's ports may run code.
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_memory_monitor_refresh_ms": "0"}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_AUTH_MODE": "disabled"}
 
 
 def pytest_collection_modifyitems(items):

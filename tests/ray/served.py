@@ -34,12 +34,12 @@ class Served:
     def __init__(self, url, process, log):
         self.url, self.process, self.log = url, process, log
 
-    def ask(self, path, body=None):
+    def ask(self, path, body=None, timeout=REQUEST_S):
         """(status, headers, text)."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=REQUEST_S) as reply:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
                 return reply.status, reply.headers, reply.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.headers, error.read().decode()
@@ -49,6 +49,20 @@ class Served:
         page = self.ask("/metrics")[2]
         found = re.findall(r'^vllm:request_success_total\{.*?replica="(\w+)".*?\} (\S+)$', page, re.M)
         return {name: sum(float(n) for other, n in found if other == name) for name, _ in found}
+
+    def running(self):
+        """Requests in the engines."""
+        found = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*?\} (\S+)$", self.ask("/metrics")[2], re.M)
+        return sum(map(float, found))
+
+    def wait_until_running(self, num):
+        deadline = time.monotonic() + REQUEST_S
+        while self.running() != num:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def wait_until_idle(self):
+        self.wait_until_running(0)
 
     def wait(self, num_replicas):
         """Until so many replicas show their metrics."""

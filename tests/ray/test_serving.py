@@ -1,94 +1,26 @@
-"""`vllm-dvlm serve`: two replicas of the demo model behind one address; one is killed under load."""
+"""`vllm-dvlm serve`: two replicas of the demo model behind one address; they are killed and replaced under load."""
 
-import base64
-import io
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from tests.ray.conftest import free_port
-
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "examples" / "demo_model"
-START_S, REQUEST_S = 300, 60
-OPTIONS = {"diffusion_canvas_length": 8, "prune_method": "redvtp", "prune_keep_ratio": 0.25}
-
-
-class Served:
-    """A server's address and process."""
-
-    def __init__(self, url, process, log):
-        self.url, self.process, self.log = url, process, log
-
-    def ask(self, path, body=None):
-        """(status, headers, text)."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=REQUEST_S) as reply:
-                return reply.status, reply.headers, reply.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.headers, error.read().decode()
-
-    def answered(self):
-        """Requests answered so far, by replica."""
-        page = self.ask("/metrics")[2]
-        found = re.findall(r'^vllm:request_success_total\{.*?replica="(\w+)".*?\} (\S+)$', page, re.M)
-        return {name: sum(float(n) for other, n in found if other == name) for name, _ in found}
+from tests.ray.served import CHAT, REPLICA, Load, picture_questions, processes, serving, text_of
 
 
 @pytest.fixture(scope="module")
 def questions():
     pytest.importorskip("sklearn")
-    from vllm_dvlm.bench.digit_questions import held_out
-
-    bodies = []
-    for asked in held_out(16, seed=3):
-        buffer = io.BytesIO()
-        Image.fromarray(asked.image).save(buffer, format="PNG")
-        link = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        content = [{"type": "image_url", "image_url": {"url": link}}, {"type": "text", "text": asked.question}]
-        body = {"model": "demo", "messages": [{"role": "user", "content": content}], "temperature": 0}
-        bodies.append(body | {"max_tokens": 8, "vllm_xargs": OPTIONS})
-    return bodies
+    return picture_questions(16)
 
 
 @pytest.fixture(scope="module")
 def served(cluster, tmp_path_factory):
-    port, log = free_port(), tmp_path_factory.mktemp("served") / "server.log"
-    command = [sys.executable, "-m", "vllm_dvlm.cli", "serve", str(MODEL), "--replicas", "2", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", "demo", "--max-num-seqs", "8"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*command, "--kv-cache-memory-bytes", str(2**27)], stdout=file, stderr=file, cwd=ROOT, env=environment
-        )
-    found = Served(f"http://127.0.0.1:{port}", process, log)
-    try:
-        deadline = time.monotonic() + START_S
-        while "replicas of" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
+    with serving(tmp_path_factory.mktemp("served"), "--replicas", "2") as found:
         yield found
-    finally:
-        process.kill()
-        process.wait()
-
-
-def replica_processes():
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if re.search(r"ray::ServeReplica\S*engine", line)]
 
 
 def test_the_server_is_vllms_own(served, questions):
@@ -117,33 +49,88 @@ def test_replicas_share_the_load_and_the_metrics_page_shows_both(served, questio
     assert "vllm_dvlm:requests_pruned_total{" in served.ask("/metrics")[2]
 
 
-def test_a_killed_replica_loses_what_it_held_at_most(served, questions):
-    def ask(i):
-        try:
-            return served.ask("/v1/chat/completions", questions[i % 16])[0]
-        except OSError as error:
-            return str(error)
+def check(done, answers):
+    """Every answer came, and is that of its question."""
+    assert {status for _, _, status, _, _ in done} == {200}, [each for each in done if each[2] != 200][:3]
+    for i, _, _, answer, _ in done:
+        assert answer == answers[i % len(answers)], (i, answer)
 
-    with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(ask, i) for i in range(320)]
-        while sum(each.done() for each in waiting) < 60:
-            time.sleep(0.01)
-        os.kill(replica_processes()[0], signal.SIGKILL)
-        found = [each.result() for each in waiting]
-    lost = [status for status in found if status != 200]
-    assert len(lost) <= 16 and set(lost) <= {500, 503}, lost
-    deadline = time.monotonic() + START_S
-    while len(served.answered()) < 2 or len(replica_processes()) < 2:
+
+@pytest.fixture(scope="module")
+def answers(served, questions):
+    return [text_of(served.ask(CHAT, body)[2], False) for body in questions]
+
+
+def test_streams_say_the_same(served, questions, answers):
+    status, headers, text = served.ask(CHAT, questions[0] | {"stream": True})
+    assert status == 200 and headers["content-type"].startswith("text/event-stream")
+    assert text_of(text, True) == answers[0]
+
+
+def test_a_killed_replica_costs_no_answer(served, questions, answers):
+    load = Load(served, questions, share_of_streams=0.5)
+    load.wait(64)
+    os.kill(processes(REPLICA)[0], signal.SIGKILL)
+    load.wait(200)
+    done = load.stop()
+    # A reply of eight tokens comes in one piece, so that a lost stream had sent nothing either.
+    check(done, answers)
+    assert max(seconds for *_, seconds in done) < 10
+    served.wait(2)
+
+
+def test_a_stream_that_had_begun_ends_with_an_error_event(served, questions):
+    body = questions[0] | {"max_tokens": 256, "ignore_eos": True, "stream": True}
+    body["vllm_xargs"] = {"diffusion_canvas_length": 256, "diffusion_block_length": 8}
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(served.ask, CHAT, body) for _ in range(8)]
+        served.wait_until_running(8)
+        os.kill(processes(REPLICA)[0], signal.SIGKILL)
+        found = [text_of(each.result()[2], True) for each in waiting]
+    lost = [each for each in found if isinstance(each, dict)]
+    assert len(lost) <= 8 and all("replica that answered this request was lost" in str(each) for each in lost)
+    assert all(each for each in found)
+    served.wait(2)
+
+
+def test_a_frozen_replica_is_replaced_and_its_requests_repeated(served, questions, answers):
+    load = Load(served, questions, share_of_streams=0.5)
+    load.wait(64)
+    frozen = processes(REPLICA)[0]
+    os.kill(frozen, signal.SIGSTOP)
+    # Three checks of --health-timeout seconds, and what lies between them.
+    deadline = time.monotonic() + 60
+    while frozen in processes(REPLICA):
         assert time.monotonic() < deadline
-        time.sleep(1)
-    assert ask(0) == 200
+        time.sleep(0.5)
+    check(load.stop(), answers)
+    served.wait(2)
 
 
-def test_shutdown_finishes_what_was_begun(served, questions):
-    body = questions[0] | {"vllm_xargs": {"diffusion_canvas_length": 256}, "max_tokens": 256, "ignore_eos": True}
-    with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(served.ask, "/v1/chat/completions", body) for _ in range(4)]
-        time.sleep(1)
-        served.process.send_signal(signal.SIGTERM)
-        assert [each.result()[0] for each in waiting] == [200] * 4
-    assert served.process.wait(60) == 0, served.log.read_text()[-2000:]
+def test_a_client_that_hangs_up_ends_its_request(served, questions):
+    body = questions[0] | {"max_tokens": 256, "ignore_eos": True, "vllm_xargs": {"diffusion_canvas_length": 256}}
+    before = sum(served.answered().values())
+    with pytest.raises(OSError):
+        served.ask(CHAT, body, timeout=0.5)
+    served.wait_until_idle()
+    assert served.ask(CHAT, questions[0])[0] == 200
+    assert sum(served.answered().values()) <= before + 2
+
+
+def test_another_command_takes_over_without_an_error(served, questions, answers, tmp_path):
+    load = Load(served, questions)
+    load.wait(32)
+    port = int(served.url.rpartition(":")[2])
+    with serving(tmp_path, "--replicas", "1", port=port) as later:
+        assert served.process.wait(60) == 0
+        assert "another command serves now" in served.log.read_text()
+        later.wait(1)
+        load.wait(32)
+        check(load.stop(), answers)
+        long = questions[0] | {"vllm_xargs": {"diffusion_canvas_length": 256}, "max_tokens": 256, "ignore_eos": True}
+        with ThreadPoolExecutor(4) as pool:
+            waiting = [pool.submit(later.ask, CHAT, long) for _ in range(4)]
+            later.wait_until_running(4)
+            later.process.send_signal(signal.SIGTERM)
+            assert [each.result()[0] for each in waiting] == [200] * 4
+        assert later.process.wait(60) == 0, later.log.read_text()[-2000:]
