@@ -37,7 +37,7 @@ NEVER = "1000000000"
 class Client:
     """Options of `vllm bench serve` that are the same for every run.
 
-    bound_ms: of the whole answer, for goodput. image: (height, width) of random pictures, `images` of them a request.
+    bounds: of goodput, as "e2el:2000". image: (height, width) of random pictures, `images` of them a request.
     dataset: further options, which replace random pictures.
     """
 
@@ -46,7 +46,7 @@ class Client:
     output_len: int
     images: int
     image: tuple[int, int]
-    bound_ms: float | None
+    bounds: tuple[str, ...]
     seed: int
     dataset: tuple[str, ...] = ()
 
@@ -66,9 +66,8 @@ class Client:
             "--result-dir": result.parent,
             "--result-filename": result.name,
         }
-        if self.bound_ms is not None:
-            words["--goodput"] = f"e2el:{self.bound_ms:g}"
-        flags = ["--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm"]
+        goodput = ["--goodput", *self.bounds] if self.bounds else []
+        flags = [*goodput, "--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm"]
         return [str(VLLM), "bench", "serve", *_words(words), *(self.dataset or self._random()), *flags]
 
     def _random(self) -> list[str]:
