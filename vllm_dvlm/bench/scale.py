@@ -1,4 +1,4 @@
-"""`vllm-dvlm bench scale`: throughput of replicas behind Ray Serve, measured as far as this machine goes, simulated beyond.
+"""`vllm-dvlm bench scale`: throughput of replicas behind Ray Serve, measured on this machine and simulated beyond it.
 
 For every tensor-parallel size one engine is measured without and with the router, in turns, then each number of
 replicas, all of them saturated by vLLM's own client. `--simulate` plays more replicas from what was measured, and holds
@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "latency bound, e2el:MS or ttft:MS (default e2el:2000)"
     parser.add_argument("--goodput", nargs="+", default=["e2el:2000"], metavar="KEY:MS", help=text)
     parser.add_argument("--input-len", type=int, default=16, help="text tokens of a prompt (default 16)")
-    parser.add_argument("--output-len", type=int, help="tokens of an answer (default: two canvases)")
-    parser.add_argument("--canvas-length", type=int, default=8)
-    parser.add_argument("--steps", type=int, help="denoising steps of a canvas (default: one per position)")
+    parser.add_argument("--output-len", type=int, default=16, help="tokens of an answer, its canvas (default 16)")
+    parser.add_argument("--block-length", type=int, help="tokens committed together (default: half of the canvas)")
+    parser.add_argument("--steps", type=int, help="denoising steps of an answer (default: one per token)")
     parser.add_argument("--images", type=int, default=1, help="random pictures of a request (default 1)")
     parser.add_argument("--image", default="168x168", metavar="HxW", help="their size (default 168x168)")
     text = 'options of `vllm bench serve` instead, such as "--dataset-name custom_image --dataset-path FILE"'
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             "router_station_ms": 1000 * router.router.station,
             "router_delay_ms": 1000 * router.router.delay,
         }
-    if any(row.get("busy") for row in rows):
+    if any(row.get("busy") == "*" for row in rows):
         print("* others used the machine before such a run: repeat it on an idle one", file=sys.stderr)
     report(
         arguments,
@@ -79,7 +79,6 @@ def run(arguments: argparse.Namespace) -> int:
         scale_table.figures_of(found, checks),
         describe_run("checkpoint", plan.client.seed, **_shapes(plan), **about),
         lambda axes: scale_table.draw(axes, rows),
-        csv_columns=scale_table.FILE_ONLY,
         panels=2,
     )
     return 0
@@ -97,9 +96,9 @@ def _shapes(plan: Any) -> dict[str, Any]:
         "at_once_per_replica": plan.per_replica,
         "requests_per_replica": plan.num,
         "pairs": plan.pairs,
-        "canvas": plan.canvas,
-        "steps": plan.steps,
         "output_tokens": client.output_len,
+        "block": plan.block,
+        "steps": plan.steps,
         "images": client.images,
         "image": "x".join(map(str, client.image)),
         "goodput": " ".join(client.bounds) or "none",

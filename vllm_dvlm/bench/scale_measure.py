@@ -13,7 +13,7 @@ from typing import Any
 from vllm_dvlm.bench.common import progress_bar
 from vllm_dvlm.bench.scale_numbers import Counts, Load, joined, since
 from vllm_dvlm.bench.scale_plan import Plan
-from vllm_dvlm.bench.scale_run import BUSY_CORES, Server, cores_busy, free_port, running
+from vllm_dvlm.bench.scale_run import Server, free_port, is_busy, running
 from vllm_dvlm.bench.settings_grid import Setting
 
 
@@ -21,7 +21,8 @@ from vllm_dvlm.bench.settings_grid import Setting
 class Point:
     """One configuration and setting under load. replicas: 0 is an engine without the router.
 
-    start_up: seconds. load_average: of the last minute, before; busy: others worked meanwhile, the figures are doubtful.
+    start_up: seconds. cpu_s: processor time of the server's processes for a request, None if unknown. load_average: of
+    the last minute, before; busy: others worked here, the figures are doubtful.
     """
 
     replicas: int
@@ -30,6 +31,7 @@ class Point:
     load: Load
     counts: dict[str, Counts]
     start_up: float
+    cpu_s: float | None
     load_average: float
     busy: bool
 
@@ -82,13 +84,15 @@ class _Bench:
         """One run of the client; as many requests at once as saturate unless told."""
         plan, num = self.plan, max(1, replicas)
         average = os.getloadavg()[0]
-        busy = cores_busy() > BUSY_CORES
-        before = server.counts(num)
+        busy = is_busy()
+        before, cpu_before = server.counts(num), server.cpu_s()
         at_once = at_once or num * plan.per_replica
         load = plan.client.run(server.port, num * plan.num, at_once, plan.request_options(setting))
-        counts = since(server.counts(num), before)
+        cpu, counts = server.cpu_s(), since(server.counts(num), before)
         self.moved()
-        return Point(replicas, ranks, setting, load, counts, server.start_up, average, busy)
+        requests = sum(each.requests for each in counts.values())
+        cpu_s = None if cpu is None or cpu_before is None or not requests else (cpu - cpu_before) / requests
+        return Point(replicas, ranks, setting, load, counts, server.start_up, cpu_s, average, busy)
 
     def alone(self, ranks: int) -> Iterator[Alone]:
         """Without and with the router: in turns where both have room at once, else one after the other."""
@@ -142,7 +146,9 @@ def _one(points: Sequence[Point]) -> Point:
     busy = any(point.busy for point in points)
     load = joined([point.load for point in points])
     average = max(point.load_average for point in points)
-    return dataclasses.replace(points[0], load=load, counts=counts, load_average=average, busy=busy)
+    known = [point.cpu_s for point in points if point.cpu_s is not None]
+    cpu_s = sum(known) / len(known) if known else None
+    return dataclasses.replace(points[0], load=load, counts=counts, cpu_s=cpu_s, load_average=average, busy=busy)
 
 
 def measure(plan: Plan) -> Measured:

@@ -36,7 +36,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one replica so far. e2e, first: requests by upper bound of their seconds, cumulative as Prometheus has them."""
+    """Of one replica so far. e2e, first: requests by upper bound of their seconds, cumulative as in Prometheus."""
 
     requests: float = 0
     tokens: float = 0

@@ -27,7 +27,7 @@ class Plan:
     replicas: tuple[int, ...]
     ranks: tuple[int, ...]
     settings: tuple[Setting, ...]
-    canvas: int
+    block: int
     steps: int
     num: int
     pairs: int
@@ -41,9 +41,9 @@ class Plan:
     def request_options(self, setting: Setting) -> dict[str, Any]:
         """Options of a request (`vllm_xargs`)."""
         return {
-            "diffusion_canvas_length": self.canvas,
+            "diffusion_canvas_length": self.client.output_len,
             "diffusion_max_steps": self.steps,
-            "diffusion_block_length": self.canvas,
+            "diffusion_block_length": self.block,
         } | setting.options()
 
     @property
@@ -87,7 +87,7 @@ def bounds(texts: Sequence[str]) -> dict[str, float]:
 
 
 def check_room(replicas: Sequence[int], ranks: Sequence[int], gpus: int, cores: int) -> None:
-    """ValueError for a configuration that this machine has no room for: one rank needs a GPU, or a core without GPUs."""
+    """ValueError for a configuration that has no room here: a rank needs a GPU, or a core where there is none."""
     has, kind = (gpus, "GPU") if gpus else (cores, "core")
     for count in replicas:
         for each in ranks:
@@ -138,14 +138,15 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
     slots = arguments.max_num_seqs
     per_replica = 2 * slots if arguments.concurrency_per_replica is None else arguments.concurrency_per_replica
-    steps = arguments.canvas_length if arguments.steps is None else arguments.steps
-    output_len = 2 * arguments.canvas_length if arguments.output_len is None else arguments.output_len
+    output_len = arguments.output_len
+    steps = output_len if arguments.steps is None else arguments.steps
+    block = max(1, output_len // 2) if arguments.block_length is None else arguments.block_length
     least_one = {
         "--max-num-seqs": slots,
         "--concurrency-per-replica": per_replica,
-        "--canvas-length": arguments.canvas_length,
-        "--steps": steps,
         "--output-len": output_len,
+        "--block-length": block,
+        "--steps": steps,
         "--input-len": arguments.input_len,
         "--images": arguments.images,
         "--num": arguments.num,
@@ -153,6 +154,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     }
     if wrong := [name for name, value in least_one.items() if value < 1]:
         raise ValueError(f"{', '.join(wrong)} must be at least 1")
+    if output_len % block:
+        raise ValueError(f"--block-length {block} must divide --output-len {output_len}")
     if arguments.refresh < 2:
         raise ValueError("--refresh must be at least 2: 1 is the exact mode, which is measured anyway")
     if any(not 0 < ratio < 1 for ratio in arguments.keep_ratios):
@@ -178,6 +181,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     options = list(arguments.rest)
     if not gpus and not any(word.startswith("--kv-cache-memory-bytes") for word in options):
         options += ["--kv-cache-memory-bytes", str(DEMO_KV_BYTES)]
+    settings = choose_settings(config.family.attentions, arguments.refresh, arguments.keep_ratios, arguments.settings)
     client = Client(
         model=model,
         input_len=arguments.input_len,
@@ -193,10 +197,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         client=client,
         replicas=replicas,
         ranks=ranks,
-        settings=choose_settings(
-            config.family.attentions, arguments.refresh, arguments.keep_ratios, arguments.settings
-        ),
-        canvas=arguments.canvas_length,
+        settings=settings,
+        block=block,
         steps=steps,
         num=arguments.num,
         pairs=arguments.pairs,

@@ -133,7 +133,12 @@ class Server:
     """A running one. start_up: seconds from its command until all of its replicas answer."""
 
     port: int
-    start_up: float
+    pid: int
+    start_up: float = 0.0
+
+    def cpu_s(self) -> float | None:
+        """Processor time of its processes so far; None where they are not this host's, or it is no Linux."""
+        return None if "RAY_ADDRESS" in os.environ else tree_cpu_s(self.pid)
 
     def counts(self, num_replicas: int | None = None) -> dict[str, Counts]:
         """Counts by replica; of so many, once all show their page. RuntimeError if they do not within a minute."""
@@ -166,11 +171,37 @@ def running(command: Sequence[str], port: int, log: Path, replicas: int | None =
     """
     environment = {**({} if "RAY_ADDRESS" in os.environ else RAY), **more}
     begin = time.monotonic()
-    with serving(command, port, 1, log, environment):
-        server = Server(port, 0.0)
+    with serving(command, port, 1, log, environment) as process:
+        server = Server(port, process.pid)
         if replicas is not None:
             server.counts(replicas)
-        yield Server(port, time.monotonic() - begin)
+        yield Server(port, process.pid, time.monotonic() - begin)
+
+
+def tree_cpu_s(root: int) -> float | None:
+    """Processor time of a process and all below it that live, in seconds; None without /proc."""
+    parents, times = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()  # from the state on
+            parents[int(path.parent.name)] = int(fields[1])
+            times[int(path.parent.name)] = int(fields[11]) + int(fields[12])
+    if root not in times:
+        return None
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents.items():
+        children.setdefault(parent, []).append(pid)
+    below, total = [root], 0
+    while below:
+        pid = below.pop()
+        total += times[pid]
+        below += children.get(pid, [])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def is_busy(tries: int = 10) -> bool:
+    """Whether others work here: it never gets quiet. A server that just came up, or answered, has a moment to rest."""
+    return not any(cores_busy() <= BUSY_CORES for _ in range(tries))
 
 
 def cores_busy(seconds: float = LOOK_S) -> float:

@@ -12,12 +12,12 @@ from typing import Any
 from vllm_dvlm.bench.scale_numbers import percentile
 
 ASSUMPTIONS = (
-    "A replica is max_num_seqs slots and a line before them. A request holds its slot for a time drawn from those "
-    "measured with all slots taken, whatever else the replica does; encoding its image is part of it.",
-    "The router is one server that every request passes twice, each time for half of the measured time, and a wait of "
-    "the same length for all; it does not slow down with more replicas, and the network between nodes costs nothing.",
-    "Of two replicas drawn at random the one with fewer requests gets the next, as Ray Serve does; the router knows "
-    "these numbers at once. No replica is lost, the arithmetic of one does not slow another's.",
+    "A replica is max_num_seqs slots and a line before them; the image's encoding is part of the time of a slot.",
+    "That time is drawn from those measured with all slots taken, whatever else the replica does.",
+    "The router is one server that each request passes twice, for half of the measured time, and a fixed wait.",
+    "It was measured beside its client on this host; it is as fast with more replicas, and networks cost nothing.",
+    "Of two replicas drawn at random the one with fewer requests gets the next, and the router knows how many at once.",
+    "Replicas are alike, none is lost, and none slows another, or the router.",
 )
 
 

@@ -13,9 +13,6 @@ from vllm_dvlm.bench.scale_plan import Plan
 from vllm_dvlm.bench.scale_simulation import Load, Played, Service, System, play, scaled
 
 REQUESTS_PER_CLIENT = 16  # of a simulation
-KINDS = ("engine", "served", "simulated")
-# Columns that only the files have.
-FILE_ONLY = ("first_p50_ms", "first_p99_ms", "images/s", "load")
 
 
 def _head(kind: str, replicas: int, ranks: int, setting: str, replica: str = "all") -> Row:
@@ -29,8 +26,9 @@ def point_rows(point: Point, images: int, one_per_s: float) -> list[Row]:
     about: Row = {
         "efficiency": scaled(point.load.requests_per_s, point.replicas, one_per_s) if point.replicas else None,
         "start_up_s": point.start_up,
+        "cpu_ms": None if point.cpu_s is None else 1000 * point.cpu_s,
         "load": point.load_average,
-        "busy": "*" if point.busy else "",
+        "busy": "*" if point.busy else "no",
     }
     rows = [_head(*name) | total_row(point.load, point.counts, images) | about]
     if point.replicas > 1:
