@@ -10,7 +10,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(dest="bench", required=True)
 
-    from vllm_dvlm.bench import capacity, engine, frontier, latency, lavida, pruning_report, quality, throughput
+    from vllm_dvlm.bench import capacity, engine, frontier, latency, lavida, pruning_report, quality, scale, throughput
     from vllm_dvlm.bench.abuse import command as abuse
 
     for name, module, text in (
@@ -27,6 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
         sub = bench.add_parser(name, help=text)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
+    text = "replicas behind Ray Serve: throughput, latency, scaling, the router's cost; more of them simulated"
+    sub = bench.add_parser("scale", allow_abbrev=False, help=text)
+    scale.add_arguments(sub)
+    sub.set_defaults(run=scale.run, takes_more=True)
 
     from vllm_dvlm import serve_command, show
     from vllm_dvlm.batch import command as batch

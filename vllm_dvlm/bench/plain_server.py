@@ -1,8 +1,8 @@
 """One engine behind uvicorn alone: what a replica behind Ray Serve is compared with.
 
-    python -m vllm_dvlm.bench.plain_server <options of `vllm serve`>
+    python -m vllm_dvlm.bench.plain_server NUM <options of `vllm serve`>
 
-Engine, web application and cores are those of the only replica of `vllm-dvlm serve`; Ray is not imported.
+Engine, web application and cores are those of the first of NUM replicas of `vllm-dvlm serve`; Ray is not imported.
 """
 
 import asyncio
@@ -26,8 +26,9 @@ async def _serve(arguments: list[str], host: str, port: int, in_process: bool) -
 
 def main(arguments: list[str]) -> None:
     """Serve until SIGINT or SIGTERM; SystemExit with vLLM's message for wrong options."""
+    num_replicas, *arguments = arguments
     args = parse(arguments)
-    resources = Resources.of(args, num_replicas=1)
+    resources = Resources.of(args, int(num_replicas))
     resources.enter(0)
     asyncio.run(_serve(arguments, args.host or "127.0.0.1", args.port, resources.in_process))
 
