@@ -44,6 +44,15 @@ class Served:
         except urllib.error.HTTPError as error:
             return error.code, error.headers, error.read().decode()
 
+    def lines(self, path, body):
+        """The lines of a reply as they come."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=REQUEST_S) as reply:
+            for line in reply:
+                yield line.decode()
+
     def answered(self):
         """Requests answered so far, by replica."""
         page = self.ask("/metrics")[2]
