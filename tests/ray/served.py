@@ -73,6 +73,18 @@ class Served:
     def wait_until_idle(self):
         self.wait_until_running(0)
 
+    def wait_until_up(self):
+        """Until a replica says that it is well."""
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                if self.ask("/health")[0] == 200:
+                    return
+            except OSError:
+                pass
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.5)
+
     def wait(self, num_replicas):
         """Until so many replicas show their metrics."""
         deadline = time.monotonic() + START_S
@@ -81,16 +93,25 @@ class Served:
             time.sleep(0.5)
 
 
+def command(model, *options):
+    """The command line, and the environment without what tests set for vLLM."""
+    words = [sys.executable, "-m", "vllm_dvlm.cli", "serve", str(model), "--host", "127.0.0.1", *options]
+    return words, {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+
+
+def serve_once(*options, model=MODEL):
+    """A command that ends by itself."""
+    words, environment = command(model, *ENGINE, *options)
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=START_S)
+
+
 @contextmanager
 def serving(folder, *options, port=None, model=MODEL, engine=ENGINE, **environment):
     """A server whose replicas answer."""
     port, log = port or free_port(), folder / f"server{time.monotonic_ns()}.log"
-    command = [sys.executable, "-m", "vllm_dvlm.cli", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    words, kept = command(model, "--port", str(port), *options, *engine)
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*command, *options, *engine], stdout=file, stderr=file, cwd=ROOT, env=kept | environment
-        )
+        process = subprocess.Popen(words, stdout=file, stderr=file, cwd=ROOT, env=kept | environment)
     try:
         deadline = time.monotonic() + START_S
         while "replicas of" not in log.read_text():
@@ -160,6 +181,20 @@ class Load:
         for task in self._tasks:
             task.result()
         return self.done
+
+
+LOST = "the replica that answered this request was lost"
+
+
+def check(done, answers, num_lost=0):
+    """Every answer came, and is that of its question; so many streams at most were told that theirs is lost."""
+    lost = 0
+    for i, is_stream, status, answer, _ in done:
+        if is_stream and isinstance(answer, dict) and answer["error"]["message"] == LOST:
+            lost += 1
+        else:
+            assert (status, answer) == (200, answers[i % len(answers)]), i
+    assert lost <= num_lost
 
 
 def text_of(text, is_stream):

@@ -16,6 +16,7 @@ class _Board:
         self._fronts: set[str] = set()
         self._closing = asyncio.Event()
         self._owner = ""
+        self._is_undone = False
 
     def enter(self, replica: str, address: str) -> None:
         """A replica's page of metrics is at this address."""
@@ -32,12 +33,21 @@ class _Board:
 
     def own(self, command: str) -> None:
         """The command that serves from now on."""
-        self._owner = command
+        self._owner, self._is_undone = command, False
         self._closing.clear()
 
     def owner(self) -> str:
         """The command that serves."""
         return self._owner
+
+    def undo(self) -> None:
+        """A command could not take the place of the one that serves."""
+        self._is_undone = True
+
+    def is_undone(self) -> bool:
+        """Asked by the command that serves; True once for each `undo`."""
+        found, self._is_undone = self._is_undone, False
+        return found
 
     async def until_closed(self, front: str) -> None:
         """Return when the fronts are to take nothing more."""

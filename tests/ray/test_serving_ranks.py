@@ -1,0 +1,62 @@
+"""`vllm-dvlm serve`: engines with processes of their own, one of which is killed; ranks that are actors of Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ray.conftest import free_port
+from tests.ray.served import CHAT, ENGINE, MODEL, Load, Served, check, picture_questions, processes, serving, text_of
+
+TINY = ["--served-model-name", "demo", "--dtype", "float32", "--kv-cache-memory-bytes", str(2**27)]
+TEXT = {"model": "demo", "prompt": "the 7", "max_tokens": 16, "temperature": 0}
+
+
+def test_a_killed_engine_takes_its_replica_along(cluster, tmp_path):
+    pytest.importorskip("sklearn")
+    questions = picture_questions(16)
+    with serving(tmp_path, "--replicas", "2", VLLM_ENABLE_V1_MULTIPROCESSING="1") as served:
+        answers = [text_of(served.ask(CHAT, body)[2], False) for body in questions]
+        load = Load(served, questions, share_of_streams=0.5)
+        load.wait(64)
+        os.kill(processes("VLLM::EngineCore")[0], signal.SIGKILL)
+        load.wait(200)
+        done = load.stop()
+        check(done, answers, num_lost=8)
+        assert max(seconds for *_, seconds in done) < 10
+        served.wait(2)
+
+
+def test_ranks_in_a_placement_group_say_what_one_rank_says(cluster, checkpoint, tmp_path):
+    found = []
+    for options in ([], ["-tp", "2", "--distributed-executor-backend", "ray"]):
+        with serving(tmp_path, *options, model=checkpoint(seed=0), engine=TINY) as served:
+            assert bool(processes("ray::RayWorkerProc")) == bool(options)
+            status, _, text = served.ask("/v1/completions", TEXT)
+            assert status == 200, text
+            found.append(json.loads(text)["choices"][0]["text"])
+    assert found[0] == found[1] and len(set(found[0].split())) > 1
+
+
+def test_a_config_file_names_the_same_application(cluster, tmp_path):
+    pytest.importorskip("sklearn")
+    port, log = free_port(), tmp_path / "serve.log"
+    args = {"model": str(MODEL), "engine": ENGINE}
+    application = {"name": "dvlm", "import_path": "vllm_dvlm.cluster.serving:app", "args": args}
+    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    (tmp_path / "serve.yaml").write_text(json.dumps(config))  # JSON is YAML
+    with log.open("wb") as file:
+        command = [str(Path(sys.executable).with_name("serve")), "run", str(tmp_path / "serve.yaml")]
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    served = Served(f"http://127.0.0.1:{port}", process, log)
+    try:
+        served.wait_until_up()
+        status, headers, text = served.ask(CHAT, picture_questions(1)[0])
+        assert status == 200 and headers["x-vllm-dvlm"] and text_of(text, False)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
