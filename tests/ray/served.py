@@ -34,10 +34,11 @@ class Served:
     def __init__(self, url, process, log):
         self.url, self.process, self.log = url, process, log
 
-    def ask(self, path, body=None, timeout=REQUEST_S):
+    def ask(self, path, body=None, timeout=REQUEST_S, headers=None):
         """(status, headers, text)."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as reply:
                 return reply.status, reply.headers, reply.read().decode()

@@ -116,9 +116,20 @@ def test_a_client_that_hangs_up_ends_its_request(served, questions):
     with pytest.raises(OSError):
         served.ask(CHAT, body, timeout=1)
     served.wait_until_idle()
+    lines = served.lines(CHAT, body | {"stream": True})
+    assert next(lines)
+    lines.close()
+    served.wait_until_idle()
     assert sum(served.answered().values()) == before
     assert served.ask(CHAT, questions[0])[0] == 200
     assert sum(served.answered().values()) == before + 1
+
+
+def test_requests_may_bear_the_same_id(served, questions, answers):
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda body: served.ask(CHAT, body, headers={"X-Request-Id": "same"}), questions))
+    assert [text_of(text, False) for *_, text in replies] == answers
+    assert {json.loads(text)["id"] for *_, text in replies} == {"chatcmpl-same"}
 
 
 def test_a_command_that_cannot_serve_leaves_the_earlier_one(served, questions, answers):

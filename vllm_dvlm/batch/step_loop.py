@@ -2,11 +2,12 @@
 
 `AsyncLLM` always starts a process for its core, whose queues are waited for busily; on a CPU host that takes the cores
 that other replicas need (two replicas on two cores: slower than one). `LLMEngine` keeps everything in one process, and
-`EngineClient` is what vLLM's serving classes ask for. Only what an offline batch asks is here.
+`EngineClient` is what vLLM's serving classes ask for. Only what answers requests is here.
 """
 
 import asyncio
 import contextvars
+import itertools
 import logging
 import threading
 from collections import deque
@@ -25,7 +26,8 @@ from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
 def _refuse(name: str) -> Any:
     async def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"{name} is no part of an offline batch")
+        remedy = "VLLM_ENABLE_V1_MULTIPROCESSING=1 gives the engine a process of its own"
+        raise NotImplementedError(f"{name} is not offered by an engine that runs in this process; {remedy}")
 
     return method
 
@@ -52,6 +54,7 @@ class StepLoop(_Unused, EngineClient):  # type: ignore[misc, valid-type]
         self.input_processor = self._engine.input_processor
         self._loop = asyncio.get_running_loop()
         self._queues: dict[str, asyncio.Queue] = {}
+        self._numbers = itertools.count()
         # What the thread is asked to do between two steps: calls without arguments.
         self._asked: deque[Any] = deque()
         self._has_work = threading.Event()
@@ -63,11 +66,14 @@ class StepLoop(_Unused, EngineClient):  # type: ignore[misc, valid-type]
     # -- the thread --
 
     def _run(self) -> None:
+        scheduler = self._engine.engine_core.engine_core.scheduler
         try:
             while not self._is_stopped:
                 while self._asked:
                     self._asked.popleft()()
-                if not self._engine.has_unfinished_requests():
+                # As the loop of vLLM's own process: once more after the last request has ended, so that the worker
+                # frees it and the metrics say so.
+                if not scheduler.has_requests():
                     self._has_work.wait()
                     self._has_work.clear()
                     continue
@@ -95,17 +101,18 @@ class StepLoop(_Unused, EngineClient):  # type: ignore[misc, valid-type]
     async def generate(  # type: ignore[override]
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As `AsyncLLM.generate`; an error at admission is raised here."""
+        """As `AsyncLLM.generate`; an error at admission is raised here. Two requests may bear the same id."""
         if self.errored:
             raise self.dead_error
         queue: asyncio.Queue = asyncio.Queue()
-        self._queues[request_id] = queue
+        name = f"{request_id}-{next(self._numbers)}"
+        self._queues[name] = queue
         for unused in ("data_parallel_rank", "reasoning_ended", "reasoning_parser_kwargs"):
             kwargs.pop(unused, None)
 
         def add() -> None:
             try:
-                self._engine.add_request(request_id, prompt, sampling_params, **kwargs)
+                self._engine.add_request(name, prompt, sampling_params, **kwargs)
             except Exception as error:
                 self._loop.call_soon_threadsafe(queue.put_nowait, error)
 
@@ -119,11 +126,12 @@ class StepLoop(_Unused, EngineClient):  # type: ignore[misc, valid-type]
                     is_finished = True
                     raise output
                 is_finished = output.finished
+                output.request_id = request_id
                 yield output
         finally:
-            del self._queues[request_id]
+            del self._queues[name]
             if not is_finished:
-                self._ask(lambda: self._engine.abort_request([request_id]))
+                self._ask(lambda: self._engine.abort_request([name]))
 
     async def get_supported_tasks(self) -> Any:
         return self._engine.get_supported_tasks()

@@ -31,6 +31,7 @@ class Application:
         from vllm.entrypoints.launchers.app import build_app
 
         args = parse(arguments)
+        self._tasks: set[asyncio.Task] = set()
         self._stack = contextlib.AsyncExitStack()
         self.engine = await _engine(args, in_process, self._stack)
         tasks = await self.engine.get_supported_tasks()
@@ -63,6 +64,8 @@ class Application:
                 messages.put_nowait(None)
 
         task = asyncio.create_task(answer())
+        self._tasks.add(task)  # asyncio itself keeps none
+        task.add_done_callback(self._tasks.discard)
         try:
             ready: list[dict[str, Any]] = []
             while (message := await messages.get()) is not None:
@@ -74,8 +77,8 @@ class Application:
                 yield ready
             await task
         finally:
+            # The application ends the request itself. Cancelled, vLLM's handlers would leave it running.
             gone.set()
-            task.cancel()
 
     async def close(self) -> None:
         """End the engine."""
