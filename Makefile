@@ -1,4 +1,4 @@
-# `make venv` builds .venv, `make test` runs every test but those of Ray, `make test-ray` these, `make demo` the demo,
+# `make venv` builds .venv, `make test` runs every test and one of Ray's, `make test-ray` the others, `make demo` the demo,
 # `make lint` the style check.
 # Which vLLM: the CUDA build on a host with an NVIDIA GPU, else the CPU build; VARIANT=cpu overrides.
 

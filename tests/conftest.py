@@ -10,8 +10,8 @@ settings.register_profile("any_machine", deadline=None)
 settings.load_profile("any_machine")
 
 
-# Two ranks wait for each other in busy loops: beside another test they crawl, and so does it.
-EXCLUSIVE_FILES = {"test_two_ranks.py"}
+# Two ranks wait for each other in busy loops: beside another test they crawl, and so does it. Ray starts ten processes.
+EXCLUSIVE_FILES = {"test_two_ranks.py", "test_smoke.py"}
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -11,6 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("min-replicas", int, None, "with --max-replicas: fewest of them (default 1)"),
         ("max-replicas", int, None, "as many replicas as the load needs, up to this"),
         ("target-ongoing-requests", float, 8.0, "requests per replica at which their number changes"),
+        ("upscale-delay", float, 30.0, "seconds of a higher load before replicas are added"),
+        ("downscale-delay", float, 600.0, "seconds of a lower one before replicas are drained and ended"),
         ("max-ongoing-requests", int, 64, "requests that a replica holds; others wait in front"),
         ("max-queued-requests", int, None, "requests that wait in front; 503 for more (default: any number)"),
         ("fronts", int, 1, "processes that hand requests to replicas, and repeat those of a lost one"),

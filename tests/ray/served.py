@@ -219,4 +219,11 @@ def processes(pattern):
     return [int(line.split()[0]) for line in listed.splitlines() if re.search(pattern, line)]
 
 
+def wait_until(holds, limit_s=REQUEST_S):
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 REPLICA = r"ray::ServeReplica\S*:engine"

@@ -34,6 +34,8 @@ class Settings:
     min_replicas: int | None = None
     max_replicas: int | None = None
     target_ongoing_requests: float = 8.0
+    upscale_delay: float = 30.0
+    downscale_delay: float = 600.0
     max_ongoing_requests: int = 64
     max_queued_requests: int | None = None
     fronts: int = 1
@@ -120,6 +122,8 @@ def deployment(settings: Settings, resources: dict[str, Any]) -> dict[str, Any]:
             "max_replicas": settings.max_replicas,
             "initial_replicas": settings.replicas,
             "target_ongoing_requests": settings.target_ongoing_requests,
+            "upscale_delay_s": settings.upscale_delay,
+            "downscale_delay_s": settings.downscale_delay,
         }
     else:
         options["num_replicas"] = settings.replicas
