@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             "router_station_ms": 1000 * router.router.station,
             "router_delay_ms": 1000 * router.router.delay,
         }
+    print("Percentiles of single replicas are as coarse as the buckets of vLLM's histograms.", end="\n\n")
     if any(row.get("busy") == "*" for row in rows):
         print("* others used the machine before such a run: repeat it on an idle one", file=sys.stderr)
     report(
