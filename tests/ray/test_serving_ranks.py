@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.ray.conftest import free_port
-from tests.ray.served import CHAT, ENGINE, MODEL, Load, Served, check, picture_questions, processes, serving, text_of
+from tests.ray.served import CHAT, ROOT, Load, Served, check, picture_questions, processes, serving, text_of
 
+RAY_EXAMPLES = ROOT / "examples" / "ray"
 TINY = ["--served-model-name", "demo", "--dtype", "float32", "--kv-cache-memory-bytes", str(2**27)]
 TEXT = {"model": "demo", "prompt": "the 7", "max_tokens": 16, "temperature": 0}
 
@@ -45,13 +47,12 @@ def test_ranks_in_a_placement_group_say_what_one_rank_says(cluster, checkpoint, 
 def test_a_config_file_names_the_same_application(cluster, tmp_path):
     pytest.importorskip("sklearn")
     port, log = free_port(), tmp_path / "serve.log"
-    args = {"model": str(MODEL), "engine": ENGINE}
-    application = {"name": "dvlm", "import_path": "vllm_dvlm.cluster.serving:app", "args": args}
-    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
-    (tmp_path / "serve.yaml").write_text(json.dumps(config))  # JSON is YAML
+    config = yaml.safe_load((RAY_EXAMPLES / "serve.yaml").read_text())
+    config["http_options"]["port"] = port  # another server may have the usual one
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     with log.open("wb") as file:
         command = [str(Path(sys.executable).with_name("serve")), "run", str(tmp_path / "serve.yaml")]
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT)
     served = Served(f"http://127.0.0.1:{port}", process, log)
     try:
         served.wait_until_up()
@@ -60,3 +61,17 @@ def test_a_config_file_names_the_same_application(cluster, tmp_path):
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
+
+
+def test_the_kubernetes_manifest_names_the_same_application():
+    from ray.serve.schema import ServeDeploySchema
+
+    from vllm_dvlm.cluster import serving as module
+    from vllm_dvlm.cluster.launch import ENVIRONMENT
+
+    manifest = yaml.safe_load((RAY_EXAMPLES / "rayservice.yaml").read_text())
+    (found,) = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"])).applications
+    assert found.import_path == f"{module.__name__}:app"
+    module.app(found.args)  # every argument is known
+    (head,) = manifest["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {each["name"]: each["value"] for each in head["env"]} == ENVIRONMENT

@@ -96,12 +96,22 @@ def compare(load: Load, system: System, num: int, clients: int) -> Row:
 def check(
     client: Client, service: Service, measured: Measured, replicas: int, slots: int, limit: int, per_replica: int
 ) -> Row:
-    """Engines that sleep times of `service` behind the real router, against the simulation."""
+    """Engines that sleep times of `service` behind the real router, against the simulation.
+
+    overhead: share of the throughput that the same engines would have behind a router that costs nothing.
+    """
     factor = stretch(service, measured.way, replicas, slots)
     slow = service.stretched(factor)
     clients = replicas * per_replica
     num = clients * REQUESTS_PER_CLIENT
     with sleepers(replicas, slots, limit, slow.samples) as server:
         load = client.run(server.port, num, clients, {})
-    system = System(replicas, slots, slow, measured.way, limit)
-    return {"engines": "sleep", "replicas": replicas, "stretch": factor, **compare(load, system, num, clients)}
+    row = compare(load, System(replicas, slots, slow, measured.way, limit), num, clients)
+    free, _ = simulated(System(replicas, slots, slow, Router(), limit), num, clients)
+    return {
+        "engines": "sleep",
+        "replicas": replicas,
+        "stretch": factor,
+        **row,
+        "overhead": 1 - load.requests_per_s / free,
+    }

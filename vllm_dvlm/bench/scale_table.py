@@ -115,6 +115,8 @@ def figures_of(found: Measured, checks: Sequence[Row]) -> Row:
         key = "sleeping" if row["engines"] == "sleep" else row["engines"].replace(", tp ", "_tp")
         figures[f"S5_{key}_{row['replicas']}_replicas_throughput_off"] = row["off"]
         figures[f"S5_{key}_{row['replicas']}_replicas_p95_off"] = row["p95_off"]
+        if "overhead" in row:
+            figures[f"S2_{key}_{row['replicas']}_replicas_router_overhead"] = row["overhead"]
     return figures
 
 
