@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("simpy")
-
-from vllm_dvlm.bench import scale_check  # noqa: E402
-from vllm_dvlm.bench.question_job import model_of  # noqa: E402
-from vllm_dvlm.bench.scale_run import Client  # noqa: E402
-from vllm_dvlm.bench.scale_simulation import Service  # noqa: E402
+from vllm_dvlm.bench import scale_check
+from vllm_dvlm.bench.question_job import model_of
+from vllm_dvlm.bench.scale_run import Client
+from vllm_dvlm.bench.scale_simulation import Service
 
 ROOT = Path(__file__).parents[2]
 SLOTS, LIMIT, AT_ONCE = 8, 64, 16
