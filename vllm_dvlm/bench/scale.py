@@ -1,8 +1,9 @@
 """`vllm-dvlm bench scale`: throughput of replicas behind Ray Serve, measured on this machine and simulated beyond it.
 
 For every tensor-parallel size one engine is measured without and with the router, in turns, then each number of
-replicas, all of them saturated by vLLM's own client. `--simulate` plays more replicas from what was measured, and holds
-the simulation against the real router with engines that sleep the measured times, and against the real engines.
+replicas, all of them saturated by vLLM's own client. `--batch` times a file of rows on one engine and on several.
+`--simulate` plays more replicas from what was measured, and holds the simulation against the real router with engines
+that sleep the measured times, and against the real engines.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from vllm_dvlm.bench.common import add_output_arguments, describe_run, format_table, report
+from vllm_dvlm.bench.common import add_output_arguments, describe_run, format_table, progress_bar, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency-per-replica", type=int, help="requests at once (default: twice --max-num-seqs)")
     parser.add_argument("--num", type=int, default=200, help="requests per replica and run (default 200)")
     parser.add_argument("--pairs", type=int, default=2, help="runs without and with the router (default 2)")
+    text = "also time `vllm-dvlm batch` on N rows per replica, one engine and several in turns"
+    parser.add_argument("--batch", type=int, metavar="N", help=text)
+    parser.add_argument("--only-batch", action="store_true", help="with --batch: nothing is served")
     text = "latency bound, e2el:MS or ttft:MS (default e2el:2000)"
     parser.add_argument("--goodput", nargs="+", default=["e2el:2000"], metavar="KEY:MS", help=text)
     parser.add_argument("--input-len", type=int, default=16, help="text tokens of a prompt (default 16)")
@@ -45,17 +49,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and report. ValueError for arguments that cannot be met, RuntimeError if a server or request fails."""
-    from vllm_dvlm.bench import scale_check, scale_measure, scale_table
+    from vllm_dvlm.bench import scale_batch, scale_check, scale_measure, scale_table
     from vllm_dvlm.bench.scale_plan import plan_of
     from vllm_dvlm.bench.scale_simulation import ASSUMPTIONS, Service, simpy_module
 
     plan = plan_of(arguments)
+    num_batch = arguments.batch
+    if num_batch is not None and num_batch < 1:
+        raise ValueError("--batch must be at least 1 row per replica")
+    if arguments.only_batch and (num_batch is None or plan.simulate):
+        raise ValueError("--only-batch needs --batch, and nothing to simulate from: leave --simulate out")
     if plan.simulate:
         simpy_module()
     averages = os.getloadavg()
     print(f"load average {averages[0]:.2f} {averages[1]:.2f} {averages[2]:.2f}; {_devices(plan)}", file=sys.stderr)
-    found = scale_measure.measure(plan)
+    found = scale_measure.Measured() if arguments.only_batch else scale_measure.measure(plan)
     rows, checks, about = scale_table.measured_rows(found, plan.client.images), [], {}
+    batches: list[scale_batch.Batch] = []
+    if num_batch is not None:
+        with progress_bar("batches", len(plan.ranks) * len(plan.settings) * len(plan.replicas) * plan.pairs) as bar:
+            batches = scale_batch.measure(plan, num_batch, bar.update)
+        rows += scale_table.batch_rows(batches, plan.client.images)
     if plan.simulate:
         router = scale_check.measure_router(plan.client, plan.limit)
         rows += scale_table.simulated_rows(plan, found, router)
@@ -71,13 +85,14 @@ def run(arguments: argparse.Namespace) -> int:
             "router_station_ms": 1000 * router.router.station,
             "router_delay_ms": 1000 * router.router.delay,
         }
-    print("Percentiles of single replicas are as coarse as the buckets of vLLM's histograms.", end="\n\n")
+    if not arguments.only_batch:
+        print("Percentiles of single replicas are as coarse as the buckets of vLLM's histograms.", end="\n\n")
     if any(row.get("busy") == "*" for row in rows):
         print("* others used the machine before such a run: repeat it on an idle one", file=sys.stderr)
     report(
         arguments,
         rows,
-        scale_table.figures_of(found, checks),
+        scale_table.figures_of(found, checks, batches),
         describe_run("checkpoint", plan.client.seed, **_shapes(plan), **about),
         lambda axes: scale_table.draw(axes, rows),
         panels=2,

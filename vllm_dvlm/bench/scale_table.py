@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_dvlm.bench.common import Row
+from vllm_dvlm.bench.scale_batch import Batch, times_one
 from vllm_dvlm.bench.scale_check import Measured as RouterTimes
 from vllm_dvlm.bench.scale_check import compare
 from vllm_dvlm.bench.scale_measure import Measured, Point
@@ -46,6 +47,21 @@ def measured_rows(found: Measured, images: int) -> list[Row]:
         one = found.alone[point.ranks, point.setting.name].served.load.requests_per_s
         rows += point_rows(point, images, one)
     return rows
+
+
+def batch_rows(batches: Sequence[Batch], images: int) -> list[Row]:
+    """Files of rows, answered by one engine and by several. requests/s: rows per second, median of the turns."""
+    return [
+        _head("batch", batch.replicas, batch.ranks, batch.setting.name)
+        | {
+            "requests/s": batch.rate,
+            "images/s": batch.rate * images,
+            "efficiency": times_one(batches, batch) / batch.replicas,
+            "load": batch.load_average,
+            "busy": "*" if batch.busy else "no",
+        }
+        for batch in batches
+    ]
 
 
 def good_share(played: Played, bounds: Mapping[str, float]) -> float:
@@ -99,14 +115,18 @@ def compared(plan: Plan, found: Measured, router: RouterTimes) -> list[Row]:
     return rows
 
 
-def figures_of(found: Measured, checks: Sequence[Row]) -> Row:
-    """S1: scaling efficiency. S2: router overhead, median of the pairs. S5: simulation against sleeping engines behind
-    the real router, and against real engines."""
+def figures_of(found: Measured, checks: Sequence[Row], batches: Sequence[Batch] = ()) -> Row:
+    """S1: scaling efficiency. S2: router overhead, median of the pairs; a batch's rows per second, times those of one
+    engine. S5: simulation against sleeping engines behind the real router, and against real engines."""
     figures: Row = {}
     for point in found.several:
         one = found.alone[point.ranks, point.setting.name].served.load.requests_per_s
         key = f"S1_{point.setting.name}_tp{point.ranks}_efficiency_{point.replicas}_replicas"
         figures[key] = scaled(point.load.requests_per_s, point.replicas, one)
+    for batch in batches:
+        if batch.replicas > 1:
+            key = f"S2_batch_{batch.setting.name}_tp{batch.ranks}_{batch.replicas}_replicas_times_one"
+            figures[key] = times_one(batches, batch)
     for (ranks, name), each in found.alone.items():
         figures[f"S2_{name}_tp{ranks}_router_overhead"] = statistics.median(each.overheads)
         figures[f"S2_{name}_tp{ranks}_router_overhead_min"] = min(each.overheads)
@@ -121,15 +141,16 @@ def figures_of(found: Measured, checks: Sequence[Row]) -> Row:
 
 
 def draw(axes: Sequence[Any], rows: Sequence[Row]) -> None:
-    """Requests per second and p95 over replicas, a colour per setting and tp, measured and simulated."""
+    """Requests per second and p95 over replicas, a colour per setting and tp: served, simulated, in a batch."""
     totals = [row for row in rows if row["replica"] == "all" and row["kind"] != "engine"]
     for panel, column in zip(axes, ("requests/s", "p95_ms"), strict=True):
         for number, key in enumerate(dict.fromkeys((row["setting"], row["tp"]) for row in totals)):
-            for kind, style in (("served", "o-"), ("simulated", "x--")):
+            for kind, style in (("served", "o-"), ("simulated", "x--"), ("batch", "s:")):
                 points = [row for row in totals if (row["setting"], row["tp"]) == key and row["kind"] == kind]
+                points = [row for row in points if column in row]  # a batch has no latencies
                 label = f"{key[0]}, tp {key[1]}" if kind == "served" else None
                 x, y = [row["replicas"] for row in points], [row[column] for row in points]
                 panel.plot(x, y, style, color=f"C{number % 10}", label=label, markersize=4, linewidth=1)
         panel.set_xscale("log", base=2)
-        panel.set(xlabel="replicas (dashed: simulated)", ylabel=column, ylim=(0, None))
+        panel.set(xlabel="replicas (dashed: simulated, dotted: batch)", ylabel=column, ylim=(0, None))
     axes[0].legend(fontsize=6)
