@@ -1,4 +1,5 @@
-# `make venv` builds .venv, `make test` runs every test and one of Ray's, `make test-ray` the others, `make demo` the demo,
+# `make venv` builds .venv, `make test` runs every test and one of Ray's, `make test-ray` the others, `make test-gpu` those
+# that need a GPU, `make demo` the demo,
 # `make lint` the style check.
 # Which vLLM: the CUDA build on a host with an NVIDIA GPU, else the CPU build; VARIANT=cpu overrides.
 
@@ -8,7 +9,7 @@ BIN     := $(VENV)/bin
 VARIANT ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 STAMP   := $(VENV)/.stamp-$(VARIANT)
 
-.PHONY: venv test test-ray demo lint clean
+.PHONY: venv test test-ray test-gpu demo lint clean
 
 venv: $(STAMP)
 
@@ -36,12 +37,16 @@ endif
 # Two processes of one thread each, a file at a time in the order of tests/conftest.py; tests whose own processes wait
 # busily for each other run alone afterwards.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not exclusive and not ray"
-	$(BIN)/python -m pytest -m "exclusive and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not exclusive and not ray and not gpu"
+	$(BIN)/python -m pytest -m "exclusive and not ray and not gpu"
 
 # One after another: each test starts engines on both cores.
 test-ray: venv
 	$(BIN)/python -m pytest -m ray
+
+# On a host with an NVIDIA GPU.
+test-gpu: venv
+	$(BIN)/python -m pytest -m gpu
 
 demo: venv
 	$(BIN)/python examples/demo.py

@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """``checkpoint(seed=0, ...)``: folder of the tiny golden checkpoint with these build arguments, built once."""
-    from tests import tiny_checkpoint
+    from vllm_dvlm.selftest import tiny_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
 

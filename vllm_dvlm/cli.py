@@ -10,7 +10,18 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(dest="bench", required=True)
 
-    from vllm_dvlm.bench import capacity, engine, frontier, latency, lavida, pruning_report, quality, scale, throughput
+    from vllm_dvlm.bench import (
+        capacity,
+        engine,
+        frontier,
+        latency,
+        lavida,
+        pruning_report,
+        quality,
+        scale,
+        scoring_kernels,
+        throughput,
+    )
     from vllm_dvlm.bench.abuse import command as abuse
 
     for name, module, text in (
@@ -21,6 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("quality", quality, "exact match of answers for modes, pruning methods and keep ratios"),
         ("frontier", frontier, "quality against throughput: exact match and answers per second side by side"),
         ("pruning", pruning_report, "latency, throughput and capacity in one table and one plot"),
+        (
+            "scoring",
+            scoring_kernels,
+            "scoring visual tokens beside the attention of a layer, with and without its log-sum-exp",
+        ),
         ("lavida", lavida, "LaViDa: prefix cache against full attention, pruning with both, a batch"),
         ("abuse", abuse, "bad requests, aborts, random batches, killed processes, many requests: what holds"),
     ):
@@ -46,6 +62,20 @@ def build_parser() -> argparse.ArgumentParser:
     serve_command.add_arguments(replicas)
     replicas.set_defaults(run=serve_command.run, takes_more=True)
 
+    from vllm_dvlm.selftest import command as selftest
+
+    text = "whether everything works on this host and device: recorded runs, attention, KV pages, kernels"
+    check = commands.add_parser("selftest", help=text)
+    selftest.add_arguments(check)
+    check.set_defaults(run=selftest.run)
+
+    from vllm_dvlm.sizing import command as sizing
+
+    text = "weights, KV, requests in flight, FLOPs and a roofline of a checkpoint on a GPU; arithmetic"
+    sizes = commands.add_parser("size", help=text)
+    sizing.add_arguments(sizes)
+    sizes.set_defaults(run=sizing.run)
+
     picture = commands.add_parser("show", help="draw a trace: dropped patches, importance, the canvas filling up")
     show.add_arguments(picture)
     picture.set_defaults(run=show.run)
@@ -53,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; exit code 0, or 2 with a message for arguments that cannot be met."""
+    """Run a subcommand; its exit code (0 if it has none), or 2 with a message for arguments that cannot be met."""
     parser = build_parser()
     # `batch` hands what it does not know to vLLM's own parser.
     arguments, rest = parser.parse_known_args(argv)
@@ -61,11 +91,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     try:
-        arguments.run(arguments)
+        code = arguments.run(arguments)
     except ValueError as error:
         print(f"vllm-dvlm: {error}", file=sys.stderr)
         return 2
-    return 0
+    return int(code or 0)
 
 
 if __name__ == "__main__":

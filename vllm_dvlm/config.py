@@ -77,6 +77,10 @@ class VerifyConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Scheduler, budgets and switches; ValueError for what is not supported."""
+        from vllm.platforms import current_platform
+
+        from vllm_dvlm.models import whole_attention
+
         _choose_runner()
         _refuse(vllm_config)
         settings = ServerSettings.from_additional_config(vllm_config.additional_config)
@@ -89,6 +93,8 @@ class VerifyConfig(VerifyAndUpdateConfig):
         resolve({}, None, settings)
         scheduler_config = vllm_config.scheduler_config
         _choose_dtype(model_config, settings)
+        # Refused here rather than in the worker, where the reason would stand between tracebacks.
+        whole_attention.choose(settings.attention_whole, current_platform.device_type, model_config.dtype)
         _name_processors_that_do_nothing(model_config.hf_config.family)
         _copy_towers_that_cannot_be_cut(vllm_config)
         vllm_config.additional_config = {**(vllm_config.additional_config or {}), "dvlm": settings.to_mapping()}

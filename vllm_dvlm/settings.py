@@ -47,6 +47,12 @@ class ServerSettings:
     fastv_kv_groups: str = setting(
         "auto", "auto: with fastv as default method and an even split, late layers get their own KV group", "auto|one"
     )
+    attention_whole: str = setting(
+        "auto",
+        "attention of steps whose keys are all their own tokens; auto: torch in float32 on a CPU, else vllm; xformers: "
+        "GPUs only, not measured yet",
+        "auto|vllm|xformers",
+    )
     cpu_dtype: str = setting("float32", "dtype on a CPU host (a GPU follows `--dtype`)", "float32|bfloat16")
     num_layers: int | None = None
     architecture: str | None = None
@@ -77,6 +83,8 @@ class ServerSettings:
                     raise ValueError(f"{key} must be {'a path' if key == 'trace_dir' else 'a name'}, not {value!r}")
             elif key == "fastv_kv_groups":
                 choice(key, value, ("auto", "one"))
+            elif key == "attention_whole":
+                choice(key, value, ("auto", "vllm", "xformers"))
             elif key == "cpu_dtype":
                 choice(key, value, ("float32", "bfloat16"))
             elif value is None and key in _MAY_BE_ABSENT:

@@ -2,11 +2,12 @@
 
     python -m tests.engine.compile_kernels CAPABILITY...
 
-Prints a JSON list of {"kernel", "capability", "dtype", "shared"}: bytes of shared memory that a program takes. In a
-process of its own, without vLLM: on a CPU host vLLM's Triton is the interpreter.
+Prints a JSON list of {"kernel", "capability", "head", "dtype", "shared"}: bytes of shared memory that a program takes.
+In a process of its own, without vLLM: on a CPU host vLLM's Triton is the interpreter.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -14,8 +15,9 @@ import types
 from pathlib import Path
 
 PROBE = Path(__file__).parents[2] / "vllm_dvlm" / "models" / "probe.py"
-# The release's head width; 64 columns and 32 rows are the kernels' own.
-SIZES = {"HEAD": 128, "HEAD_PADDED": 128, "BLOCK_R": 32, "BLOCK_T": 64, "BLOCK_N": 64}
+# Head widths of the releases, and another; 64 columns and 32 rows are the kernels' own.
+HEADS = (64, 128)
+SIZES = {"BLOCK_R": 32, "BLOCK_T": 64, "BLOCK_N": 64}
 TYPES = {"lse": "*fp32", "out": "*fp32", "columns": "*i64", "scale": "fp32"}
 
 
@@ -35,17 +37,18 @@ def main() -> None:
     spec.loader.exec_module(probe)
 
     found = []
-    for capability in map(int, sys.argv[1:]):
+    for capability, head in itertools.product(map(int, sys.argv[1:]), HEADS):
+        sizes = SIZES | {"HEAD": head, "HEAD_PADDED": head}
         for dtype in ("fp32", "bf16"):
             types_of = TYPES | {"query": f"*{dtype}", "key": f"*{dtype}"}
             for kernel in (probe._denominator_kernel, probe._columns_kernel):
                 arguments = kernel.arg_names
-                constants = {(i,): SIZES[name] for i, name in enumerate(arguments) if name in SIZES}
-                signature = {n: "constexpr" if n in SIZES else types_of.get(n, "i32") for n in arguments}
+                constants = {(i,): sizes[name] for i, name in enumerate(arguments) if name in sizes}
+                signature = {n: "constexpr" if n in sizes else types_of.get(n, "i32") for n in arguments}
                 target = GPUTarget("cuda", capability, 32)
                 compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
                 assert compiled.asm["cubin"]
-                row = {"kernel": kernel.__name__, "capability": capability, "dtype": dtype}
+                row = {"kernel": kernel.__name__, "capability": capability, "head": head, "dtype": dtype}
                 found.append(row | {"shared": compiled.metadata.shared})
     print(json.dumps(found))
 

@@ -144,10 +144,9 @@ def compute_all_rows(engine, monkeypatch):
 @pytest.mark.parametrize("always_the_backend", [False, True])
 def test_attention_layers(engine, recorded_steps, monkeypatch, always_the_backend, all_rows):
     """Steps of whole sequences take a shorter way on CPUs; with it, and with all steps in the backend's kernel."""
-    from vllm_dvlm.models import llada
-
     if always_the_backend:
-        monkeypatch.setattr(llada.BidirectionalAttention, "attends_whole", False)
+        for layer in engine.model.model.layers:
+            monkeypatch.setattr(layer.self_attn, "attend_whole", None)
     if all_rows:
         compute_all_rows(engine, monkeypatch)
     engine.use({"seed": 0})

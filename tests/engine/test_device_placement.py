@@ -46,12 +46,10 @@ def make_slot(number, options):
 
 def make_canvases(num_requests):
     """The integers on the device; their mirror on the host is apart, as it is on a GPU."""
-    from vllm_dvlm.worker.states import NUM_FIELDS, CanvasStates
+    from vllm_dvlm.worker.states import CanvasStates
 
-    states = CanvasStates(num_requests, CANVAS, torch.device("cpu"))
-    states._mirror_np = np.zeros((num_requests, NUM_FIELDS + CANVAS), dtype=np.int64)
-    states.rows = states.mirror = states.rows.to(META)
-    states.threshold = states.threshold.to(META)
+    states = CanvasStates(num_requests, CANVAS, META)
+    states._staging = states._staging.to(META)
     return states
 
 
@@ -118,22 +116,23 @@ def input_batch(slots):
 
 @pytest.mark.parametrize("all_options", [PLAIN, PRUNED, [*PLAIN, *PRUNED]], ids=["plain", "pruned", "mixed"])
 def test_step(all_options, monkeypatch):
-    from vllm_dvlm.worker import pruning
+    from vllm_dvlm.worker import pruning, sampler
     from vllm_dvlm.worker.sampler import DiffusionSampler
 
     # There are no process groups here.
-    monkeypatch.setattr(pruning, "get_tensor_model_parallel_world_size", lambda: 1)
+    for module in (pruning, sampler):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1)
     slots = [make_slot(i, options) for i, options in enumerate(all_options)]
     state, batch = make_state(slots), input_batch(slots)
     state.pruner = pruner = pruning.StepPruner(state)
-    sampler = DiffusionSampler(state, SimpleNamespace(**dict.fromkeys(VLLM_STATES)))
+    sampler_of_step = DiffusionSampler(state, SimpleNamespace(**dict.fromkeys(VLLM_STATES)))
     pruner.begin(batch)
     assert len(pruner.jobs) == sum(slot.pruned_plan is not None for slot in slots)
     num_tokens = len(slots) * (PROMPT + CANVAS)
     for layer in range(NUM_LAYERS):
         rows = torch.zeros(num_tokens, NUM_HEADS * HEAD_SIZE, device=META)
         pruner.observe(layer, state.model.model.layers[layer].self_attn, rows, rows)
-    out = sampler(torch.zeros(len(slots) * CANVAS, HIDDEN, device=META), batch)
+    out = sampler_of_step(torch.zeros(len(slots) * CANVAS, HIDDEN, device=META), batch)
     for tensor in (out.sampled_token_ids, out.num_sampled, out.num_rejected):
         assert tensor.is_meta and len(tensor) == len(slots)
     assert [slot.num_steps for slot in slots] == [1] * len(slots) and not pruner.jobs

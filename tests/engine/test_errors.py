@@ -220,6 +220,8 @@ START_UP = [
     ({"attention_backend": "FLASHINFER"}, "remove --attention-backend"),
     ({"max_num_scheduled_tokens": 64}, "--max-num-batched-tokens instead of --max-num-scheduled-tokens"),
     ({"additional_config": {"dvlm": {"prune_method": "fastv", "prune_layer": 9}}}, "prune_layer must be from 1 to 3"),
+    ({"additional_config": {"dvlm": {"attention_whole": "xformers"}}}, 'needs an NVIDIA GPU.*use "auto"'),
+    ({"additional_config": {"dvlm": {"attention_whole": "flash"}}}, "attention_whole must be"),
     ({"tokenizer_mode": "slow"}, "tokenizer"),
     ({"logprobs_mode": "raw_logits"}, "remove --logprobs-mode raw_logits"),
     ({"logprobs_mode": "processed_logprobs"}, "remove --logprobs-mode processed_logprobs"),

@@ -27,7 +27,6 @@ from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.renderers.registry import renderer_from_config
 
-from tests import tiny_checkpoint
 from tests.engine import prompt_rendering
 from tests.engine.prompt_rendering import (
     GOLDEN,
@@ -42,6 +41,7 @@ from tests.engine.prompt_rendering import (
 )
 from vllm_dvlm.models import processing, renderer
 from vllm_dvlm.models.vision import VisionStack, build_projector
+from vllm_dvlm.selftest import tiny_checkpoint
 
 WITH_IMAGES = [
     "b1_image_steps_eq_gen",

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Shared memory that a program may have, in KiB, by compute capability (CUDA C++ Programming Guide): GeForce 30, H100.
-SHARED_KIB = {86: 99, 90: 227}
+# Shared memory that a program may have, in KiB, by compute capability (CUDA C++ Programming Guide): A100, GeForce 30,
+# H100, B200.
+SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}
 
 
 def test_kernels_in_the_interpreter():
@@ -22,7 +23,7 @@ def test_kernels_in_the_interpreter():
         timeout=600,
         cwd=ROOT,
     )
-    assert run.returncode == 0 and "3 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and "5 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 def test_kernels_compile_for_gpus(tmp_path):
@@ -32,6 +33,6 @@ def test_kernels_compile_for_gpus(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout)
-    assert len(rows) == 4 * len(SHARED_KIB)
+    assert len(rows) == 8 * len(SHARED_KIB)
     for row in rows:
         assert row["shared"] <= SHARED_KIB[row["capability"]] * 1024, row

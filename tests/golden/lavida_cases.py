@@ -46,7 +46,7 @@ class Case:
 
     @property
     def kind(self) -> Kind:
-        """Which checkpoint it ran on (tests.tiny_lavida)."""
+        """Which checkpoint it ran on (vllm_dvlm.selftest.tiny_lavida)."""
         return DREAM if self.variant == "lavida-dream" else LLADA
 
     @property

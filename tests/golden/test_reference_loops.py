@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.golden import cases
-from tests.tiny_checkpoint import checkpoint
 from vllm_dvlm.bench.reference.loops import (
     LoopOptions,
     lean_loop,
@@ -15,6 +14,7 @@ from vllm_dvlm.bench.reference.loops import (
     official_loop,
 )
 from vllm_dvlm.bench.reference.model import Prompt, ReferenceModel, conversation, prompt_token_ids
+from vllm_dvlm.selftest.tiny_checkpoint import checkpoint
 
 RECORDED = cases.by_mode("plain", "fast_dllm", "redvtp")
 CONFIDENCE_TOLERANCE = 5e-4  # golden README, "Tolerance to expect"

@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 
 def test_random_checkpoint_has_the_tensors_of_the_tiny_one(model, tmp_path):
-    from tests.tiny_checkpoint import checkpoint
+    from vllm_dvlm.selftest.tiny_checkpoint import checkpoint
 
     def names(folder):
         with safe_open(folder / "model.safetensors", "pt") as weights:
@@ -46,8 +46,8 @@ def test_random_checkpoint_repeats_and_refuses(model, tmp_path):
 
 
 def test_random_lavida_has_the_same_weights_under_its_own_names(model, tmp_path):
-    from tests.tiny_lavida import tensors
     from vllm_dvlm.bench.lavida_files import LLADA
+    from vllm_dvlm.selftest.tiny_lavida import tensors
 
     lavida = LavidaModel.load(write_random_lavida(tmp_path, SIZES))
     assert torch.equal(lavida.text.head, model.text.head)

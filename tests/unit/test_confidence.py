@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dvlm.denoise import confidence as c
+from vllm_dvlm.denoise.noise import row_keys, uniform
 from vllm_dvlm.options import REMASKING
 
 NUM_WORDS = 9
@@ -79,30 +80,67 @@ def test_fast_twin_ranks_rows_that_are_nearly_certain():
 def test_noise_draws_from_the_tempered_distribution(temperature):
     """Gumbel noise scaled by T draws token i with probability proportional to exp(l_i / T)."""
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
-    tokens = c.choose_tokens(logits, temperature, torch.Generator().manual_seed(0))
+    tokens = c.choose_tokens(logits, temperature, row_keys(0, 0, torch.arange(4000)))
     expected = (logits[0].double() / temperature).softmax(-1)
     counts = torch.bincount(tokens, minlength=4) / len(tokens)
     assert counts.tolist() == pytest.approx(expected.tolist(), abs=0.03)  # four standard deviations
 
 
-def test_noise_is_the_same_in_other_chunks():
+def test_noise_is_the_same_in_other_chunks_and_orders(monkeypatch):
     logits = torch.randn(6, NUM_WORDS, generator=torch.Generator().manual_seed(1))
-    whole = c.choose_tokens(logits, 1.0, torch.Generator().manual_seed(5))
-    generator = torch.Generator().manual_seed(5)
-    pieces = [c.choose_tokens(piece, 1.0, generator) for piece in logits.split([1, 3, 2])]
-    assert torch.equal(torch.cat(pieces), whole)
-    assert not torch.equal(c.choose_tokens(logits, 1.0, torch.Generator().manual_seed(6)), whole)
+    keys = row_keys(5, 2, torch.arange(6))
+    whole = c.choose_tokens(logits, 1.0, keys)
+    order = torch.tensor([4, 1, 5, 0, 3, 2])
+    parts = zip(logits[order].split([1, 3, 2]), keys[order].split([1, 3, 2]), strict=True)
+    assert torch.equal(torch.cat([c.choose_tokens(part, 1.0, own) for part, own in parts]), whole[order])
+    monkeypatch.setattr(c, "_CPU_NOISE", 1)  # row by row
+    assert torch.equal(c.choose_tokens(logits, 1.0, keys), whole)
+
+
+def test_noise_depends_on_seed_step_and_position():
+    logits = torch.zeros(40, NUM_WORDS)
+    positions = torch.arange(40)
+    drawn = [c.choose_tokens(logits, 1.0, row_keys(*key, positions)) for key in ((5, 0), (6, 0), (5, 1))]
+    drawn.append(c.choose_tokens(logits, 1.0, row_keys(5, 0, positions + 40)))
+    assert len({tuple(tokens.tolist()) for tokens in drawn}) == 4
+    assert len(set(drawn[0].tolist())) > 5  # rows differ, too
 
 
 def test_noise_never_draws_a_forbidden_token():
     logits = c.forbid(torch.zeros(500, 3), torch.tensor([1]))
-    assert set(c.choose_tokens(logits, 5.0, torch.Generator().manual_seed(0)).tolist()) == {0, 2}
+    assert set(c.choose_tokens(logits, 5.0, row_keys(0, 0, torch.arange(500))).tolist()) == {0, 2}
 
 
-def test_random_confidence_follows_its_generator():
-    draw = [c.random_confidence(5, torch.Generator().manual_seed(s), torch.device("cpu")) for s in (1, 1, 2)]
-    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
-    assert draw[0].dtype == torch.float64 and bool(((draw[0] >= 0) & (draw[0] < 1)).all())
+def test_random_confidence_is_apart_from_the_words_noise():
+    keys = row_keys(1, 0, torch.arange(5))
+    drawn = c.random_confidence(keys)
+    assert torch.equal(drawn, c.random_confidence(keys)) and len(set(drawn.tolist())) == 5
+    assert not torch.equal(drawn, c.random_confidence(row_keys(2, 0, torch.arange(5))))
+    assert not set(drawn.tolist()) & set(uniform(keys, c._FIRST_WORD, NUM_WORDS).flatten().tolist())
+    assert drawn.dtype == torch.float64 and bool(((drawn > 0) & (drawn < 1)).all())
+
+
+@given(rows=rows, num_parts=st.integers(1, 5))
+def test_parts_of_a_vocabulary(rows, num_parts):
+    """Whatever the cut, also one with parts in which every token is forbidden."""
+    logits = c.forbid(torch.tensor(rows), torch.tensor([0]))
+    expected_tokens, expected = c.greedy_low_confidence(logits.clone())
+    found, first = [], 0
+    for part in logits.tensor_split(num_parts, dim=1):
+        if not part.shape[1]:
+            continue
+        tokens, best, rest = c.greedy_parts(part.clone())
+        found.append(torch.stack([(tokens + first).double(), best.double(), rest.double()]))
+        first += part.shape[1]
+    tokens, confidence = c.join_parts(*torch.stack(found).unbind(1))
+    assert torch.equal(tokens, expected_tokens)
+    assert confidence.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_of_equal_logits_in_two_parts_the_first_wins():
+    best = torch.tensor([[2.0], [2.0]], dtype=torch.float64)
+    tokens, confidence = c.join_parts(torch.tensor([[3.0], [9.0]]).double(), best, torch.zeros(2, 1).double())
+    assert tokens.tolist() == [3] and confidence.tolist() == [0.5]
 
 
 def plain_kept(row, top_k, top_p):

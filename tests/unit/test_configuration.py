@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from tests import tiny_checkpoint
 from vllm_dvlm.models.configuration import (
     LlavaLLaDAConfig,
     TokenIds,
@@ -17,6 +16,7 @@ from vllm_dvlm.models.configuration import (
     resolve_token_ids,
     resolve_vision_config,
 )
+from vllm_dvlm.selftest import tiny_checkpoint
 
 OFFICIAL = {
     "<|startoftext|>": 126080,

@@ -93,6 +93,6 @@ def default_goldens() -> Path | None:
 
 def check_goldens(folder: Path) -> None:
     """ValueError if the folder is not one of recordings with their builder."""
-    for path in (folder, folder.parent / "cases.py", folder.parent.parent / "tiny_checkpoint.py"):
+    for path in (folder, folder.parent / "cases.py"):
         if not path.exists():
             raise ValueError(f"--goldens {folder}: {path} is missing; name tests/golden/llada_v of a source tree.")

@@ -1,7 +1,6 @@
 """N1: every recorded run of the official code that the engine can do, token for token.
 
-The recordings and the builder of their checkpoints belong to the repository's tests: a folder such as
-tests/golden/llada_v, with cases.py beside it and tiny_checkpoint.py one level up.
+The recordings belong to the repository's tests: a folder such as tests/golden/llada_v, with cases.py beside it.
 """
 
 import importlib.util
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 
 from vllm_dvlm.bench.common import progress
+from vllm_dvlm.selftest import tiny_checkpoint
 
 if TYPE_CHECKING:
     from vllm_dvlm.bench.engine_host import EngineHost, Request
@@ -73,13 +73,12 @@ def measure_equality(host: "EngineHost", folder: Path, workdir: Path, quick: boo
     Cases of one checkpoint share a batch. The engine is not started anew: it takes the next checkpoint's weights.
     """
     cases = _load(folder.parent / "cases.py")
-    builder = _load(folder.parent.parent / "tiny_checkpoint.py")
     groups: dict[tuple, list[Any]] = {}
     for case in playable(cases, quick):
         groups.setdefault(tuple(sorted(case.build_args.items())), []).append(case)
     num_runs, wrong = 0, []
     for build_args, group in progress(groups.items(), "N1"):
-        host.use_weights(builder.checkpoint(workdir, **dict(build_args)))
+        host.use_weights(tiny_checkpoint.checkpoint(workdir, **dict(build_args)))
         for together in [[case] for case in group] + batches(group):
             run = host.run([case_request(cases, case) for case in together])
             num_runs += len(together)

@@ -14,7 +14,10 @@ from typing import Any
 
 def parse(arguments: list[str]) -> Namespace:
     """`vllm serve`'s own options; SystemExit with its message for wrong ones."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    except ImportError:  # moved in vLLM 0.33
+        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm-dvlm serve")).parse_args(arguments)

@@ -13,31 +13,45 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from vllm_dvlm.denoise.noise import uniform
+
+# Columns of a row's noise (``noise.uniform``): one for its confidence, then one for each word.
+_FOR_CONFIDENCE, _FIRST_WORD = 0, 1
+
 
 def forbid(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Set the logits of ``token_ids`` ([K] int64) to -inf, in place. logits: [N, V] float."""
     return logits.index_fill_(1, token_ids, float("-inf"))
 
 
-def choose_tokens(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor:
+def choose_tokens(logits: torch.Tensor, temperature: float, keys: torch.Tensor | None = None) -> torch.Tensor:
     """Token per row: argmax at temperature 0, else Gumbel-max with float64 noise.
 
     Args:
         logits: [N, V] float32, forbidden tokens already at -inf.
         temperature: >= 0.
-        generator: source of the noise; one draw per element, row by row, so rows do not depend on chunking.
+        keys: [N] int64 of the rows' noise (``noise.row_keys``); not read at temperature 0.
 
     Returns:
         [N] int64.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    for i, row in enumerate(logits):
-        noise = torch.rand(row.shape, dtype=torch.float64, device=row.device, generator=generator)
-        # exp(l) / (-log u)^T and l - T log(-log u) have the same argmax; the latter cannot overflow.
-        out[i] = (row.double() - temperature * torch.log(-torch.log(noise))).argmax()
-    return out
+    num_rows, num_words = logits.shape
+    # On a CPU the noise of a few rows stays in the cache; a GPU takes all at once.
+    size = max(1, _CPU_NOISE // num_words) if logits.is_cpu else num_rows
+    parts = zip(logits.split(size), keys.split(size), strict=True)
+    return torch.cat([_with_noise(part, temperature, own).argmax(dim=-1) for part, own in parts])
+
+
+# Numbers drawn at once on a CPU: 2 MiB of float64.
+_CPU_NOISE = 2**18
+
+
+def _with_noise(logits: torch.Tensor, temperature: float, keys: torch.Tensor) -> torch.Tensor:
+    """exp(l) / (-log u)^T and l - T log(-log u) have the same argmax; the latter, here, cannot overflow. Float64."""
+    noise = uniform(keys, _FIRST_WORD, logits.shape[1]).log_().neg_().log_()
+    return noise.mul_(-temperature).add_(logits)
 
 
 def low_confidence(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -50,8 +64,6 @@ def low_confidence(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def greedy_low_confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Argmax and its softmax probability in three passes over the row; destroys ``logits``.
 
-    The probability is 1 / (1 + rest) with rest = sum of exp(l - max) over the other tokens. Leaving the 1 out of the
-    float32 sum keeps the relative precision of 1 - p, so rows that are nearly certain still rank as in float64.
     Twin: ``choose_tokens`` and ``low_confidence``, five times slower on a CPU.
 
     Args:
@@ -60,10 +72,48 @@ def greedy_low_confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     Returns:
         ([N] int64, [N] float64).
     """
+    tokens, _, rest = greedy_parts(logits)
+    return tokens, 1 / (1 + rest.double())
+
+
+def greedy_parts(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Argmax, its logit, and the sum of exp(l - max) over the other tokens; destroys ``logits``.
+
+    Leaving the 1 of the best token out of the float32 sum keeps the relative precision of 1 - p, so rows that are
+    nearly certain still rank as in float64.
+
+    Args:
+        logits: [N, V] float32 contiguous, forbidden tokens at -inf.
+
+    Returns:
+        ([N] int64, [N] float32, [N] float32); the last is nan where every token is forbidden.
+    """
     tokens = _argmax(logits)
     column = tokens[:, None]
-    logits.sub_(logits.gather(1, column)).exp_().scatter_(1, column, 0.0)
-    return tokens, 1 / (1 + logits.sum(dim=1).double())
+    best = logits.gather(1, column)
+    logits.sub_(best).exp_().scatter_(1, column, 0.0)
+    return tokens, best[:, 0], logits.sum(dim=1)
+
+
+def join_parts(tokens: torch.Tensor, best: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``greedy_low_confidence`` of a vocabulary that S ranks hold a part each of.
+
+    Args:
+        tokens: [S, N] ids in the whole vocabulary.
+        best, rest: [S, N] float64 of ``greedy_parts``.
+
+    Returns:
+        ([N] int64, [N] float64). Of equal logits the lowest id wins, as argmax has it.
+    """
+    top = best.amax(dim=0)
+    is_top = best == top
+    token = torch.where(is_top, tokens, torch.inf).amin(dim=0)
+    # Of the part that has the winner, all but the winner.
+    own = (tokens == token) & is_top
+    weight = torch.exp(best - top)
+    # A part whose every token is forbidden adds nothing.
+    others = torch.where(best.isneginf(), 0.0, torch.where(own, rest, weight * (1 + rest)))
+    return token.long(), 1 / (1 + others.sum(dim=0))
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -87,9 +137,9 @@ def margin(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.exp(top - torch.logsumexp(wide, dim=-1, keepdim=True)).diff(dim=-1).neg()[:, 0]
 
 
-def random_confidence(num_rows: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-    """Uniform numbers in [0, 1): the ``random`` remasking. Returns [N] float64."""
-    return torch.rand(num_rows, dtype=torch.float64, device=device, generator=generator)
+def random_confidence(keys: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in (0, 1): the ``random`` remasking. keys: [N] (``noise.row_keys``). Returns [N] float64."""
+    return uniform(keys, _FOR_CONFIDENCE, 1)[:, 0]
 
 
 # ``random`` is not here: it needs no logits (see ``random_confidence``).
@@ -149,7 +199,7 @@ def choose_kept(
     temperature: float = 0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    keys: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token per row and its confidence among the kept logits, of one temperature; destroys ``logits``.
 
@@ -158,7 +208,7 @@ def choose_kept(
         name: a remasking of ``KEPT_CONFIDENCE``.
         temperature: divides the logits before any is dropped; 0: argmax.
         top_k, top_p: see ``keep_top``.
-        generator: see ``choose_tokens``.
+        keys: see ``choose_tokens``.
 
     Returns:
         ([N] int64, [N] float32).
@@ -166,7 +216,7 @@ def choose_kept(
     if temperature == 0 and top_k is not None and top_p in (None, 1):
         return greedy_kept(logits, top_k, name)
     kept = keep_top(logits if temperature == 0 else logits.div_(temperature), top_k, top_p)
-    tokens = choose_tokens(kept, float(temperature > 0), generator)
+    tokens = choose_tokens(kept, float(temperature > 0), keys)
     return tokens, KEPT_CONFIDENCE[name](kept, tokens)
 
 

@@ -51,6 +51,8 @@ class Family:
     follows_time_grid: True if the "uniform" schedule takes its counts from a grid of times from 1 to 0.001, so that
         early steps may write nothing.
     shifts_logits: True if the logits at position i predict position i + 1.
+    published_name: of the checkpoint that its authors published.
+    published: keys of that checkpoint's config.json that differ from the defaults of the config class.
     """
 
     name: str
@@ -75,3 +77,5 @@ class Family:
     has_top_k_top_p: bool = False
     follows_time_grid: bool = False
     shifts_logits: bool = False
+    published_name: str = ""
+    published: tuple[tuple[str, object], ...] = ()

@@ -8,6 +8,15 @@ from dataclasses import replace
 
 from vllm_dvlm.families.base import Family, TokenTexts
 
+_PICTURES = (
+    ("mm_vision_tower", "google/siglip-so400m-patch14-384"),
+    ("mm_hidden_size", 1152),
+    ("mm_patch_merge_type", "spatial_unpad"),
+    ("image_aspect_ratio", "anyres"),
+    ("image_grid_pinpoints", ((384, 768), (768, 384), (768, 768), (1152, 384), (384, 1152))),
+    ("tokenizer_model_max_length", 4096),
+)
+
 LAVIDA_LLADA = Family(
     name="LaViDa-LLaDA",
     architecture="LlavaLladaForMaskedDiffusion",
@@ -26,6 +35,8 @@ LAVIDA_LLADA = Family(
     has_step_ratio=True,
     stops_bound_canvas=False,
     scores_unknown_rows=True,
+    published_name="LaViDa-LLaDA 8B",
+    published=_PICTURES,
 )
 
 LAVIDA_DREAM = replace(
@@ -46,4 +57,5 @@ LAVIDA_DREAM = replace(
     default_top_k=50,
     has_top_k_top_p=True,
     follows_time_grid=True,
+    published_name="LaViDa-Dream 7B",
 )

@@ -24,4 +24,6 @@ LLADA_V = Family(
     default_canvas_len=128,
     default_block_len=128,
     default_steps=128,
+    published_name="LLaDA-V 8B",
+    published=(("mm_vision_tower", "google/siglip2-so400m-patch14-384"), ("mm_hidden_size", 1152)),
 )

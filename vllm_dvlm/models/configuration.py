@@ -51,6 +51,12 @@ def load_config(model: str) -> "MaskedDiffusionConfig":
     return checkpoint_config(content.get("model_type", "")).from_dict(content)
 
 
+def published_config(family: Family) -> "MaskedDiffusionConfig":
+    """The config of the checkpoint that the authors of a family published; nothing is read or fetched."""
+    fields = {"architectures": [family.architecture], "model_type": family.model_type, **dict(family.published)}
+    return checkpoint_config(family.model_type).from_dict(fields)
+
+
 class MaskedDiffusionConfig(PreTrainedConfig):
     """config.json of a checkpoint: text fields at the top level, image fields beside them.
 

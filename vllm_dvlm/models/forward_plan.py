@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 class LayerObserver(Protocol):
     """Somebody who looks at layers while they run, and may take rows away between them."""
 
-    def observe(self, layer: int, attention: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Queries and keys of a layer after the rotary embedding, [rows, heads * head size]."""
+    def observe(
+        self, layer: int, attention: nn.Module, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        """Queries and keys of a layer after the rotary embedding, [rows, heads * head size].
+
+        lse: [rows, heads] log-sum-exp of each row's scores, where the attention that ran has it.
+        """
 
     def after_layer(
         self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor

@@ -33,6 +33,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.platforms import current_platform
 
+from vllm_dvlm.models import whole_attention
 from vllm_dvlm.models.forward_plan import ForwardPlan
 from vllm_dvlm.settings import ServerSettings
 
@@ -71,47 +72,6 @@ def padded_head_size(head_size: int) -> int:
 
 class BidirectionalAttention(Attention):
     """vLLM's attention layer whose KV cache declares that rows attend to later rows, too."""
-
-    @property
-    def attends_whole(self) -> bool:
-        """True if ``attend_whole`` is the faster way for whole sequences: in float32 on a CPU.
-
-        There torch's kernel takes 3.3 ms against 5.0 ms at 945 tokens, 4 heads of 16 (padded to 32 for vLLM's), and 18
-        against 32 ms with 8 heads of 64, on one core.
-        """
-        return self.dtype == torch.float32 and current_platform.is_cpu()
-
-    def attend_whole(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        spans: list[tuple[int, int, int]],
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attention of each range of ``spans`` (see ``ForwardPlan.whole_spans``), without reading the KV cache.
-
-        q: [N, H, D], k and v: [N, KV heads, D]; D need not be the cache's head size. ``rows``, ascending, are the
-        queries to compute; None for all. Returns [N or len(rows), H * D].
-        """
-        bounds = [span[:2] for span in spans]
-        if rows is not None:
-            q = q[rows]
-            bounds = torch.searchsorted(rows, torch.tensor(bounds)).tolist()
-        out = torch.empty_like(q)
-        for (_, end, first_key), (top, bottom) in zip(spans, bounds, strict=True):
-            if top == bottom:
-                continue
-            keys, values = (x[first_key:end].transpose(0, 1)[None] for x in (k, v))
-            mixed = F.scaled_dot_product_attention(
-                q[top:bottom].transpose(0, 1)[None],
-                keys,
-                values,
-                scale=self.impl.scale,
-                enable_gqa=self.num_heads != self.num_kv_heads,
-            )
-            out[top:bottom] = mixed[0].transpose(0, 1)
-        return out.flatten(1)
 
     # Set by the layer that owns this: True or False where late layers have a KV cache group of their own.
     is_late: bool | None = None
@@ -172,7 +132,11 @@ class LLaDAAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
         )
-        late = ServerSettings.from_additional_config(vllm_config.additional_config).late_group_start()
+        settings = ServerSettings.from_additional_config(vllm_config.additional_config)
+        # Steps whose keys are all among their own tokens need not go through the KV cache.
+        dtype = vllm_config.model_config.dtype
+        self.attend_whole = whole_attention.choose(settings.attention_whole, current_platform.device_type, dtype)
+        late = settings.late_group_start()
         self.attn.is_late = None if late is None else self.layer_index >= late
 
     def forward(
@@ -180,20 +144,22 @@ class LLaDAAttention(nn.Module):
     ) -> torch.Tensor:
         """positions: [N] int64 rotary positions; hidden_states: [N, hidden]. Returns [N, hidden], or ``rows`` of it."""
         q, k, v = self._project(positions, hidden_states)
-        if self.plan.observer is not None:
-            self.plan.observer.observe(self.layer_index, self, q, k)
-        spans = self.plan.whole_spans
-        if spans is not None and self.attn.attends_whole:
+        spans, observer, lse = self.plan.whole_spans, self.plan.observer, None
+        if spans is not None and self.attend_whole is not None:
             if self.plan.keeps_kv:
                 keys, values = (self._pad(x).view(-1, self.num_kv_heads, self.padded_dim) for x in (k, v))
                 torch.ops.vllm.unified_kv_cache_update(keys, values, self.attn.layer_name)
-            out = self.attn.attend_whole(*(x.view(len(x), -1, self.head_dim) for x in (q, k, v)), spans, rows)
+            heads = (x.view(len(x), -1, self.head_dim) for x in (q, k, v))
+            wants_lse = observer is not None and whole_attention.sums_are_worth_it(self.attend_whole)
+            out, lse = self.attend_whole(*heads, spans, self.attn.impl.scale, rows, wants_lse)
             rows = None
         elif self.padded_dim == self.head_dim:
             out = self.attn(q, k, v)
         else:
             out = self.attn(self._pad(q), self._pad(k), self._pad(v))
             out = out.view(-1, self.num_heads, self.padded_dim)[..., : self.head_dim].reshape(q.shape)
+        if observer is not None:
+            observer.observe(self.layer_index, self, q, k, lse)
         out, _ = self.o_proj(out if rows is None else out[rows])
         return out
 

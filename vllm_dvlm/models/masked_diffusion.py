@@ -126,6 +126,19 @@ class MaskedDiffusionVLM(nn.Module, SupportsMultiModal):
         """[rows, hidden] -> [rows, vocabulary], in the model's dtype; a collective under tensor parallelism."""
         return self.logits_processor(self.lm_head, hidden_states)
 
+    @property
+    def own_words(self) -> range:
+        """Token ids whose logits this rank computes; the whole vocabulary without tensor parallelism."""
+        shard = self.lm_head.shard_indices
+        return range(shard.org_vocab_start_index, shard.org_vocab_end_index)
+
+    def own_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> [rows, words of this rank and its padding], in the model's dtype; no collective.
+
+        Column 0 is that of ``own_words[0]``; what padding columns hold is undefined.
+        """
+        return self.logits_processor(self.lm_head, hidden_states, skip_gather=True)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load tensors in the original layout, single-file or sharded.
 

@@ -10,7 +10,12 @@ from vllm.triton_utils import tl, triton
 
 
 def attention_to_columns(
-    query: torch.Tensor, key: torch.Tensor, scale: float, columns: torch.Tensor, out: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    columns: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Add softmax(q k^T)[columns], summed over heads, to ``out``.
 
@@ -22,14 +27,21 @@ def attention_to_columns(
         scale: factor on the scores.
         columns: [N] int64 positions in 0 .. T-1.
         out: [R, N] float32, added to.
+        lse: [R, H] logarithm of the denominators, where the attention that ran has them; None: they are computed.
     """
     if query.is_cuda:
-        attention_to_columns_triton(query, key, scale, columns, out)
+        attention_to_columns_triton(query, key, scale, columns, out, lse)
         return
     group = query.shape[1] // key.shape[1]
-    total = torch.zeros(query.shape[0], key.shape[0], dtype=torch.float32, device=query.device)
     # Head by head: one head's scores stay in the cache, all heads' at once took 1.6 times as long. In float32 whatever
     # the model's dtype: bfloat16 scores would be off by percents.
+    if lse is not None:
+        for head in range(query.shape[1]):
+            keys = key[:, head // group].index_select(0, columns).float()
+            scores = (query[:, head].float() * scale) @ keys.T
+            out += scores.sub_(lse[:, head, None]).exp_()
+        return
+    total = torch.zeros(query.shape[0], key.shape[0], dtype=torch.float32, device=query.device)
     for head in range(query.shape[1]):
         scores = (query[:, head].float() * scale) @ key[:, head // group].float().T
         total += torch.softmax(scores, dim=-1)
@@ -101,23 +113,32 @@ def _columns_kernel(
 
 
 def attention_to_columns_triton(
-    query: torch.Tensor, key: torch.Tensor, scale: float, columns: torch.Tensor, out: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    columns: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """``attention_to_columns`` for GPUs: two kernels, no score leaves the chip, the same bits in every run.
 
     The second kernel adds the heads of a tile one after another instead of with atomics, so that every run and rank
-    gets the same sums. ``out`` must be contiguous; query and key need unit stride in the last dimension.
+    gets the same sums; with ``lse`` it is the only one. ``out`` must be contiguous; query and key need unit stride in
+    the last dimension.
     """
     num_rows, num_heads, head_size = query.shape
     num_tokens, group = key.shape[0], num_heads // key.shape[1]
-    lse = torch.empty(num_heads, num_rows, dtype=torch.float32, device=query.device)
     sizes = {"HEAD": head_size, "HEAD_PADDED": max(16, triton.next_power_of_2(head_size)), "BLOCK_R": 32}
     strides = (query.stride(0), query.stride(1), key.stride(0), key.stride(1), group)
     row_blocks = triton.cdiv(num_rows, 32)
-    _denominator_kernel[(num_heads, row_blocks)](
-        query, key, lse, scale, num_rows, num_tokens, *strides, **sizes, BLOCK_T=64
-    )
+    if lse is None:
+        sums = torch.empty(num_heads, num_rows, dtype=torch.float32, device=query.device)
+        _denominator_kernel[(num_heads, row_blocks)](
+            query, key, sums, scale, num_rows, num_tokens, *strides, **sizes, BLOCK_T=64
+        )
+    else:
+        sums = lse.T.float().contiguous()
     num_columns = columns.shape[0]
     _columns_kernel[(row_blocks, triton.cdiv(num_columns, 64))](
-        query, key, lse, columns, out, scale, num_rows, num_columns, num_heads, *strides, **sizes, BLOCK_N=64
+        query, key, sums, columns, out, scale, num_rows, num_columns, num_heads, *strides, **sizes, BLOCK_N=64
     )

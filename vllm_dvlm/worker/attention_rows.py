@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vllm_dvlm.worker.transfer import to_device
+
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -193,4 +195,4 @@ class MetadataBuilder:
         return Segment(rows, metadata, {name: slots[group_of[name]] for name in metadata})
 
     def _to_device(self, numbers: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(numbers).to(self.device, non_blocking=True)
+        return to_device(numbers, self.device)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vllm_dvlm.worker.states import NUM_FIELDS
+from vllm_dvlm.worker.transfer import to_device
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -55,15 +56,15 @@ class StepEmbeddings:
             columns.append(tail)
             targets.append(np.arange(end - len(tail), end))
         if rows:
-            index = torch.from_numpy(np.stack([np.concatenate(x) for x in (rows, columns, targets)]))
-            row, column, target = index.to(self.state.device, non_blocking=True)
+            index = np.stack([np.concatenate(x) for x in (rows, columns, targets)])
+            row, column, target = to_device(index, self.state.device)
             ids = self.state.canvases.rows[row, column + NUM_FIELDS]
             self.buffer[target] = self.state.model.embed_input_ids(ids)
         return self.buffer[: input_batch.num_tokens_after_padding]
 
     def _embed_prompt(self, slot: RequestSlot) -> torch.Tensor:
         """Merged prompt embeddings (golden README point 16), of the survivors once it is pruned. [prompt, D]."""
-        ids = torch.tensor(slot.prompt_token_ids, dtype=torch.int64, device=self.state.device)
+        ids = to_device(np.array(slot.prompt_token_ids, dtype=np.int64), self.state.device)
         embeds = self.state.model.embed_input_ids(ids)
         if slot.visual_spans:
             cache = self.state.encoder_cache

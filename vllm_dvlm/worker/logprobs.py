@@ -13,6 +13,8 @@ import torch
 from torch.nn.functional import pad
 from vllm.v1.outputs import LogprobsTensors
 
+from vllm_dvlm.worker.transfer import to_device
+
 if TYPE_CHECKING:
     from vllm_dvlm.denoise.step import StepOutput
     from vllm_dvlm.worker.states import RequestSlot
@@ -102,7 +104,7 @@ def emitted_logprobs(slots: list[RequestSlot], out: StepOutput) -> LogprobsTenso
         positions = np.full(num, -1)
         positions[:num_canvas] = np.arange(upto - num_canvas, upto)
         positions[num_canvas + suffix_len :] = stop
-        at = torch.from_numpy(positions).to(out.emitted.device, non_blocking=True)
+        at = to_device(positions, out.emitted.device)
         ids, values, ranks = slot.logprobs.read(at, out.emitted[request, :num])
         missing = (0, width - ids.shape[1])
         pieces.append((pad(ids, missing), pad(values, missing), ranks))

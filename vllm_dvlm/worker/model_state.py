@@ -32,6 +32,7 @@ from vllm_dvlm.worker.stash import Stash
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
 from vllm_dvlm.worker.step_batch import Standing, StepBatch
 from vllm_dvlm.worker.trace import TraceRecorder, check_folder
+from vllm_dvlm.worker.transfer import to_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -233,7 +234,7 @@ class DiffusionModelState(ModelState):
             # A first position whose row is not computed takes the next one, as the reference repeats its first row.
             rows = np.maximum(slot.plan.prompt_len + positions - slot.plan.row_offset, start)
             token_rows.append(input_batch.query_start_loc_np[b] - start + rows)
-        input_batch.logits_indices = torch.from_numpy(np.concatenate(token_rows)).to(self.device, non_blocking=True)
+        input_batch.logits_indices = to_device(np.concatenate(token_rows), self.device)
         # Rows move inside a step with segments, and a captured graph has fixed shapes.
         if self.runs_eagerly and len(input_batch.logits_indices) and not self.pruner.segments:
             self.forward_plan.final_rows = input_batch.logits_indices

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
 
 from vllm_dvlm.kv.compaction import KeyRotation, compact_rows
@@ -23,6 +23,7 @@ from vllm_dvlm.pruning import StepView, create
 from vllm_dvlm.pruning.select import kept_prompt_rows, select
 from vllm_dvlm.worker.image_maps import visual_places
 from vllm_dvlm.worker.step_batch import PruneJob
+from vllm_dvlm.worker.transfer import to_device
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from vllm_dvlm.worker.attention_rows import Segment
     from vllm_dvlm.worker.shared import WorkerState
     from vllm_dvlm.worker.states import RequestSlot
+
+
+def from_first_rank(numbers: torch.Tensor) -> torch.Tensor:
+    """The first rank's numbers on every rank, in one broadcast."""
+    if get_tensor_model_parallel_world_size() == 1:
+        return numbers
+    return get_tp_group().broadcast(numbers.contiguous(), src=0)
 
 
 class StepPruner:
@@ -97,8 +105,8 @@ class StepPruner:
             pruner,
             layer,
             first,
-            torch.from_numpy(visual).to(device, non_blocking=True),
-            torch.from_numpy(text).to(device, non_blocking=True),
+            to_device(visual, device),
+            to_device(text, device),
             zeros(slot.plan.canvas_len, num),
             zeros(num),
             zeros(num),
@@ -106,8 +114,18 @@ class StepPruner:
 
     # -- inside the forward pass -------------------------------------------------------------------------------
 
-    def observe(self, layer: int, attention: LLaDAAttention, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Add up what a layer's attention says. query, key: [tokens, heads * head size] after rotary embedding."""
+    def observe(
+        self,
+        layer: int,
+        attention: LLaDAAttention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """Add up what a layer's attention says. query, key: [tokens, heads * head size] after rotary embedding.
+
+        lse: [tokens, heads] log-sum-exp of each token's scores, if known.
+        """
         q = query.view(query.shape[0], -1, attention.head_dim)
         k = key.view(key.shape[0], -1, attention.head_dim)
         for job in self.jobs:
@@ -116,20 +134,20 @@ class StepPruner:
             with job.timed():
                 # Another request may have been shortened; this one is whole as long as its own layer has not come.
                 own = slice(job.first, job.first + job.slot.plan.total_len)
-                self._score(job, q[own], k[own], attention.head_dim**-0.5)
+                self._score(job, q[own], k[own], attention.head_dim**-0.5, None if lse is None else lse[own])
 
     @staticmethod
-    def _score(job: PruneJob, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
+    def _score(job: PruneJob, q: torch.Tensor, k: torch.Tensor, scale: float, lse: torch.Tensor | None) -> None:
         plan = job.slot.plan
         canvas = slice(plan.prompt_len, plan.prompt_len + plan.canvas_len)
-        attention_to_columns(q[canvas], k, scale, job.visual, job.canvas)
+        attention_to_columns(q[canvas], k, scale, job.visual, job.canvas, None if lse is None else lse[canvas])
         if job.pruner.reads == "prompt":
             if plan.caches_prompt:  # it does not see the canvas
                 k = k[: plan.prompt_len]
             for rows, total in ((job.text, job.text_sum), (job.visual, job.visual_sum)):
                 for chunk in rows.split(256):
                     part = total.new_zeros(len(chunk), len(total))
-                    attention_to_columns(q[chunk], k, scale, job.visual, part)
+                    attention_to_columns(q[chunk], k, scale, job.visual, part, None if lse is None else lse[chunk])
                     total += part.sum(dim=0)
         job.num_observed += 1
 
@@ -230,7 +248,8 @@ class StepPruner:
             visual_places=torch.from_numpy(visual_places(job.slot.images, job.slot.visual_spans)),
             seed=job.slot.noise_seed,
         )
-        job.importance = job.pruner.importance(view)
+        # One rank decides, whatever a method reads: what others compute may differ in the last bit.
+        job.importance = from_first_rank(job.pruner.importance(view))
         keep_count = len(job.visual) - (job.slot.plan.prompt_len - job.slot.pruned_plan.prompt_len)
         job.kept = select(job.importance, keep_count)
 

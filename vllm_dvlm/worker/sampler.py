@@ -9,11 +9,13 @@ R = requests, W = widest canvas of the batch (suffix included), V = vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm import envs
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dvlm.denoise.confidence import (
@@ -22,11 +24,15 @@ from vllm_dvlm.denoise.confidence import (
     choose_tokens,
     forbid,
     greedy_low_confidence,
+    greedy_parts,
+    join_parts,
     random_confidence,
 )
+from vllm_dvlm.denoise.noise import row_keys
 from vllm_dvlm.denoise.step import StepOutput, candidates, take_step
 from vllm_dvlm.terms import LOST
 from vllm_dvlm.worker.logprobs import RowLogprobs, collect, row_logprobs, rows_of
+from vllm_dvlm.worker.transfer import to_device
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -71,6 +77,7 @@ class DiffusionSampler:
         self.mask_token_id = ids.mask_token_id
         self.forbidden = torch.tensor(sorted(ids.forbidden_token_ids), dtype=torch.int64, device=device)
         self.rows_per_chunk = self._rows_per_chunk()
+        self.is_sharded = get_tensor_model_parallel_world_size() > 1
         self._stop_ids_key: list[tuple[int, ...]] = []
         self._stop_ids = torch.empty(0)
 
@@ -104,7 +111,7 @@ class DiffusionSampler:
         if self.state.pruner.active:
             # The next step of a request that prunes now starts in the shorter sequence.
             lengths = [(s.pruned_plan if prunes else s.plan).prompt_len for s, prunes in step.pruning()]
-            canvases.prompt_len = torch.tensor(lengths).to(canvases.prompt_len.device, non_blocking=True)
+            canvases.prompt_len = to_device(lengths, canvases.prompt_len.device)
         proposals = self._propose(step, canvases.tokens, hidden_states)
         out = take_step(
             canvases,
@@ -117,9 +124,9 @@ class DiffusionSampler:
         )
         lost = [i for i, slot in enumerate(step.slots) if slot.is_lost]
         if lost:  # they computed nothing, so they say nothing
-            index = torch.tensor(lost).to(out.num_emitted.device, non_blocking=True)
+            index = to_device(lost, out.num_emitted.device)
             out.num_emitted[index] = out.next_start[index] = 0
-        self.state.canvases.scatter(step.idx, out.canvases)
+        self.state.canvases.scatter(step.idx, step.req_idx, out.canvases)
         logprobs = collect(step.slots, proposals.logprobs, out)
         report = None
         if self.state.pruner.active:
@@ -158,6 +165,7 @@ class DiffusionSampler:
                     row_logprobs(logits, tokens, num if num >= 0 else logits.shape[1])
                     for measure in CONFIDENCE.values():
                         measure(logits, tokens)
+                    choose_tokens(logits, 1.0, row_keys(0, 0, tokens))
                 else:
                     greedy_low_confidence(logits)
                 del logits
@@ -177,26 +185,53 @@ class DiffusionSampler:
         proposed = tokens.clone()
         confidence = torch.full(tokens.shape, float("-inf"), dtype=torch.float64, device=tokens.device)
         out = _Proposals(proposed, confidence)
-        generators: dict[int, torch.Generator] = {}
         for first, end in self._runs(step):
             request = int(step.row_request[first])
             slot = step.slots[request]
-            index = torch.from_numpy(np.stack([step.row_request[first:end], step.row_position[first:end]]))
-            request_idx, position = index.to(tokens.device, non_blocking=True)
-            logits = forbid(self._logits(hidden_states[first:end]), self.forbidden)
-            if self._is_plain(slot):
+            index = np.stack([step.row_request[first:end], step.row_position[first:end]])
+            request_idx, position = to_device(index, tokens.device)
+            hidden = hidden_states[first:end]
+            if self._is_plain(slot) and slot.logprobs is None and self.is_sharded:
+                chosen, conf = self._choose_plain_over_ranks(step, hidden, first, end)
+            elif self._is_plain(slot):
+                logits = forbid(self._logits(hidden), self.forbidden)
                 self._unstall(step, logits, first, end)
                 if slot.logprobs is not None:  # before the logits are used up
                     out.logprobs.append(rows_of(request, slot, position, logits, logits.argmax(dim=1)))
                 chosen, conf = greedy_low_confidence(logits)
             else:
+                logits = forbid(self._logits(hidden), self.forbidden)
                 own = logits if slot.logprobs is None else logits.clone()
-                chosen, conf = self._choose_special(step, request, own, generators)
+                chosen, conf = self._choose_special(step, request, own, position)
                 if slot.logprobs is not None:
                     out.logprobs.append(rows_of(request, slot, position, logits, chosen))
             proposed[request_idx, position] = chosen
             confidence[request_idx, position] = conf.double()
         return out
+
+    def _choose_plain_over_ranks(
+        self, step: StepBatch, hidden: torch.Tensor, first: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Plain rows, each rank over its own words: three numbers a row travel between ranks, not the vocabulary."""
+        words = self.model.own_words
+        logits = self.model.own_logits(hidden)
+        known = len(words)
+        if not self.state.family.scores_unknown_rows:
+            known = min(known, max(0, self.state.token_ids.num_tokens - words.start))
+        logits[:, known:] = float("-inf")
+        logits = forbid(logits.float(), self.forbidden_here)
+        if self.mask_token_id in words:
+            self._unstall(step, logits, first, end, self.mask_token_id - words.start)
+        tokens, best, rest = greedy_parts(logits)
+        own = torch.stack([(tokens + words.start).double(), best.double(), rest.double()])
+        tokens, best, rest = tensor_model_parallel_all_gather(own[None], 0).unbind(1)
+        return join_parts(tokens, best, rest)
+
+    @cached_property
+    def forbidden_here(self) -> torch.Tensor:
+        """Forbidden ids among this rank's words, counted from its first one."""
+        words = self.model.own_words
+        return self.forbidden[(self.forbidden >= words.start) & (self.forbidden < words.stop)] - words.start
 
     def _is_plain(self, slot: RequestSlot) -> bool:
         """True for greedy requests with the standard confidence over the whole vocabulary."""
@@ -224,34 +259,36 @@ class DiffusionSampler:
         return size // 4 if is_special and size > 128 else size
 
     def _choose_special(
-        self, step: StepBatch, request: int, logits: torch.Tensor, generators: dict[int, torch.Generator]
+        self, step: StepBatch, request: int, logits: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and confidences of one request with noise, another confidence or a forbidden mask token."""
         slot = step.slots[request]
         if self._must_not_stall(step, request):
             logits[:, self.mask_token_id] = float("-inf")
-        if request not in generators:
-            # Seeded by request and step: neither the batch nor a preemption changes a request's noise.
-            seed = (slot.noise_seed * 1_000_003 + slot.num_steps) % 2**63
-            generators[request] = torch.Generator(logits.device).manual_seed(seed)
+        keys = row_keys(slot.noise_seed, slot.num_steps, position)
         remasking, asked = slot.params.options.diffusion_remasking, slot.sampling_params
         is_random = remasking == "random"
         if self.state.family.has_top_k_top_p:
             top_k = asked.top_k if asked.top_k > 0 else slot.params.top_k
             name = "low_confidence" if is_random else remasking
-            chosen, conf = choose_kept(logits, name, asked.temperature, top_k, asked.top_p, generators[request])
+            chosen, conf = choose_kept(logits, name, asked.temperature, top_k, asked.top_p, keys)
         else:
-            chosen = choose_tokens(logits, asked.temperature, generators[request])
+            chosen = choose_tokens(logits, asked.temperature, keys)
             conf = None if is_random else CONFIDENCE[remasking](logits, chosen)
         if is_random:
-            conf = random_confidence(len(chosen), generators[request], logits.device)
+            conf = random_confidence(keys)
         return chosen, conf
 
-    def _unstall(self, step: StepBatch, logits: torch.Tensor, first: int, end: int) -> None:
+    def _unstall(
+        self, step: StepBatch, logits: torch.Tensor, first: int, end: int, mask_column: int | None = None
+    ) -> None:
+        """mask_column: of the mask token in ``logits``, its id unless given."""
         requests = step.row_request[first:end]
+        column = self.mask_token_id if mask_column is None else mask_column
         for request in np.unique(requests).tolist():
             if self._must_not_stall(step, request):
-                logits[torch.from_numpy(requests == request).to(logits.device), self.mask_token_id] = float("-inf")
+                # Numbers and not flags: where flags are set, the device would have to be asked.
+                logits[to_device(np.flatnonzero(requests == request), logits.device), column] = float("-inf")
 
     def _must_not_stall(self, step: StepBatch, request: int) -> bool:
         """True if a block in threshold mode took as many steps as it has positions.
@@ -269,7 +306,7 @@ class DiffusionSampler:
         """Counts of schedules that are not uniform, on the device; None if no request has one."""
         if (step.planned < 0).all():
             return None
-        return torch.from_numpy(step.planned).to(self.state.device, non_blocking=True)
+        return to_device(step.planned, self.state.device)
 
     def _stop_token_ids(self, step: StepBatch) -> torch.Tensor:
         """[R, K] int64, ascending, padded with -1 in front; made anew only when the batch's requests change."""
@@ -277,7 +314,7 @@ class DiffusionSampler:
         if key != self._stop_ids_key:
             width = max(1, *(len(ids) for ids in key))
             rows = [[*[-1] * (width - len(ids)), *ids] for ids in key]
-            self._stop_ids = torch.tensor(rows, dtype=torch.int64).to(self.state.device, non_blocking=True)
+            self._stop_ids = to_device(np.array(rows, dtype=np.int64), self.state.device)
             self._stop_ids_key = key
         return self._stop_ids
 

@@ -1,8 +1,8 @@
 """Per-request worker state: pre-allocated tensors, add and remove only.
 
-The integers of all requests live in one tensor, so that one copy mirrors them to the host. Where the engine has
-waited for the step's output, the copy is complete before the next step begins and reading the mirror costs nothing.
-Ranks whose output nobody reads (tensor parallelism) wait for the copy itself.
+The integers of all requests live in one tensor, and one copy of the batch's rows mirrors them to the host. Where the
+engine has waited for the step's output, the copy is complete before the next step begins and reading the mirror costs
+nothing. Ranks whose output nobody reads (tensor parallelism) wait for the copy itself.
 
 S = request slots, C = widest canvas (suffix included).
 """
@@ -19,6 +19,7 @@ import torch
 from vllm_dvlm.denoise.step import Canvases
 from vllm_dvlm.placement import MASKED, ResolvedParams, Texts
 from vllm_dvlm.terms import Plan, Position, VisualSpan
+from vllm_dvlm.worker.transfer import to_device
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -82,23 +83,35 @@ class RequestSlot:
 class CanvasStates:
     """Integers of all request slots, on the device and mirrored on the host."""
 
-    def __init__(self, max_num_reqs: int, max_canvas_len: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_reqs: int, max_canvas_len: int, device: torch.device, is_apart: bool | None = None
+    ) -> None:
+        """is_apart: the mirror is memory of its own. None: unless the device is the host."""
         self.device = device
         self.max_canvas_len = max_canvas_len
         shape = (max_num_reqs, NUM_FIELDS + max_canvas_len)
         self.rows = torch.zeros(shape, dtype=torch.int64, device=device)
         self.threshold = torch.full((max_num_reqs,), float("nan"), dtype=torch.float64, device=device)
-        on_host = device.type == "cpu"
-        self.mirror = self.rows if on_host else torch.zeros(shape, dtype=torch.int64, pin_memory=True)
-        self._mirror_np: np.ndarray = self.mirror.numpy()
-        self._copied = None if on_host else torch.cuda.Event()
+        self.is_apart = device.type != "cpu" if is_apart is None else is_apart
+        self._mirror = np.zeros(shape, dtype=np.int64) if self.is_apart else self.rows.numpy()
+        # Rows of the last step on their way to the host, and whose they are.
+        self._arriving: tuple[list[int], torch.Tensor] | None = None
+        self._staging, self._copied = torch.empty(0), None
+        if self.is_apart:
+            on_gpu = device.type == "cuda"
+            self._staging = torch.empty(self.rows.numel(), dtype=torch.int64, pin_memory=on_gpu)
+            self._copied = torch.cuda.Event() if on_gpu else None
 
     @property
     def mirror_np(self) -> np.ndarray:
         """[S, NUM_FIELDS + C] int64 on the host, as of the last step."""
-        if self._copied is not None:
-            self._copied.synchronize()  # returns at once if it was never recorded
-        return self._mirror_np
+        if self._arriving is not None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            req_idx, rows = self._arriving
+            self._mirror[req_idx, : rows.shape[1]] = rows.numpy()
+            self._arriving = None
+        return self._mirror
 
     def add(
         self,
@@ -142,8 +155,8 @@ class CanvasStates:
     def restore(self, req_idx: int, row: np.ndarray, threshold: float | None) -> None:
         """Write a whole row, for example one that ``snapshot`` returned before a preemption."""
         self.mirror_np[req_idx] = row
-        if self.mirror is not self.rows:
-            self.rows[req_idx].copy_(torch.from_numpy(row).pin_memory(), non_blocking=True)
+        if self.is_apart:
+            self.rows[req_idx] = to_device(row, self.device)
         self.threshold[req_idx] = float("nan") if threshold is None else threshold
 
     def snapshot(self, req_idx: int) -> np.ndarray:
@@ -171,11 +184,15 @@ class CanvasStates:
         columns = rows[:, :NUM_FIELDS].unbind(1)
         return Canvases(rows[:, NUM_FIELDS : NUM_FIELDS + width], *columns)
 
-    def scatter(self, idx: torch.Tensor, canvases: Canvases) -> None:
-        """Store the batch's canvases and start the copy to the host."""
+    def scatter(self, idx: torch.Tensor, req_idx: Sequence[int], canvases: Canvases) -> None:
+        """Store the batch's canvases and start the copy to the host. idx: [R] int64, on the host as ``req_idx``."""
         columns = torch.stack([getattr(canvases, name) for name in FIELDS], dim=1)
         new = torch.cat([columns, canvases.tokens], dim=1)
         self.rows[idx, : new.shape[1]] = new
-        if self.mirror is not self.rows:
-            self.mirror.copy_(self.rows, non_blocking=True)
-            self._copied.record()
+        if self.is_apart:
+            self.mirror_np  # noqa: B018  what the last step sent must have been taken before its place is used again
+            rows = self._staging[: new.numel()].view(new.shape)
+            rows.copy_(new, non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
+            self._arriving = list(req_idx), rows

@@ -1,8 +1,8 @@
 """Tiny deterministic LaViDa checkpoints of the golden runs, rebuilt from a seed, byte for byte.
 
-    python -m tests.tiny_lavida OUT {lavida-llada,lavida-dream}
+    python -m vllm_dvlm.selftest.tiny_lavida OUT {lavida-llada,lavida-dream}
 
-As tests.tiny_checkpoint, with the streams of this family's recordings: seed = crc32 of a key + SEED, values rounded to
+As tiny_checkpoint, with the streams of this family's recordings: seed = crc32 of a key + SEED, values rounded to
 multiples of 2**-12. Head rows that must never win (no token, the mask token) are zero. The tower's folder holds other
 weights on purpose: those in the checkpoint must win. Source: tests/golden/lavida/README.md, "Checkpoint".
 """
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from tests.tiny_checkpoint import VISION_PREFIX, SeededTensors, built_once, save_weights
 from vllm_dvlm.bench import lavida_files as files
 from vllm_dvlm.bench.checkpoint_files import TILE_SIZE
 from vllm_dvlm.bench.lavida_files import DREAM, KINDS, LLADA, Kind
+from vllm_dvlm.selftest.tiny_checkpoint import VISION_PREFIX, SeededTensors, built_once, save_weights
 
 SEED = 20251111
 

@@ -1,6 +1,6 @@
 """Tiny deterministic LLaDA-V checkpoint of the golden runs, rebuilt from a seed, byte for byte.
 
-    python -m tests.tiny_checkpoint OUT [--seed 0] [--eot-like ID] [--mask-like ID] [--shards N]
+    python -m vllm_dvlm.selftest.tiny_checkpoint OUT [--seed 0] [--eot-like ID] [--mask-like ID] [--shards N]
 
 Weights come from numpy's frozen legacy generator, one stream per tensor keyed by sha256(seed,
 tensor name), so neither the order of creation nor the torch version matters. Channel 0 of the
