@@ -9,7 +9,7 @@ BIN     := $(VENV)/bin
 VARIANT ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
 STAMP   := $(VENV)/.stamp-$(VARIANT)
 
-.PHONY: venv test test-ray test-gpu demo lint clean
+.PHONY: venv browser test test-ray test-gpu demo lint clean
 
 venv: $(STAMP)
 
@@ -34,9 +34,15 @@ endif
 	rm -f $(VENV)/.stamp-*
 	touch $@
 
+# Debian's Chromium and its driver, for the tests of the page.
+browser:
+	@test -x /usr/bin/chromium -a -x /usr/bin/chromedriver \
+	|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) \
+	|| (echo "the tests of the page need /usr/bin/chromium and /usr/bin/chromedriver" && false)
+
 # Two processes of one thread each, a file at a time in the order of tests/conftest.py; tests whose own processes wait
 # busily for each other run alone afterwards.
-test: venv
+test: venv browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not exclusive and not ray and not gpu"
 	$(BIN)/python -m pytest -m "exclusive and not ray and not gpu"
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
+from vllm_dvlm import provisional_stream
 from vllm_dvlm.errors import InvalidRequest
 from vllm_dvlm.option_checks import shown
 from vllm_dvlm.options import OWN_KEYS, VLLM_EXTRA_ARGS
@@ -35,7 +37,7 @@ from vllm_dvlm.sampling_parameters import (
     asks_for_nothing,
 )
 from vllm_dvlm.settings import ServerSettings
-from vllm_dvlm.stream_status import note_admission
+from vllm_dvlm.stream_status import is_http, note_admission
 
 if TYPE_CHECKING:
     from vllm import PoolingParams
@@ -258,8 +260,24 @@ def _check_request(engine_input: Mapping[str, Any], params: SamplingParams | Poo
     token_ids = engine_input.get("prompt_token_ids")
     room = limits.max_model_len - len(token_ids) if limits is not None and token_ids else None
     resolved = check_sampling_params(params, noted[1], room, spelling, limits)
+    _check_stream(params, resolved)
     if limits is not None:
         _check_prompt(token_ids, resolved, limits, params, spelling)
+
+
+def _check_stream(params: SamplingParams, resolved: ResolvedParams) -> None:
+    """A stream that shows canvases needs somebody who watches."""
+    if resolved.options.diffusion_stream != "provisional":
+        return
+    if params.n > 1:
+        problem = f"shows one canvas, not {params.n}: leave n at 1"
+    elif is_http() and provisional_stream.channel() is None:
+        problem = "works on /v1/chat/completions and /v1/completions: use one of them"
+    elif params.output_kind == RequestOutputKind.FINAL_ONLY:
+        problem = "shows the canvas of each step, and this request is answered at once: set stream to true"
+    else:
+        return
+    raise InvalidRequest(f"diffusion_stream 'provisional' {problem}", parameter="diffusion_stream")
 
 
 def _check_prompt(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from vllm_dvlm.option_checks import choice, draft, integer, number, optional, switch, text, unknown
+from vllm_dvlm.option_checks import choice, draft, integer, number, optional, shown, switch, text, unknown
 from vllm_dvlm.pruning.names import ROWS, known_methods
 
 REMASKING = ("low_confidence", "random", "entropy", "margin")
@@ -17,6 +17,11 @@ REMASKING = ("low_confidence", "random", "entropy", "margin")
 REMASKING_ALIASES = {"entrophy": "entropy", "topk_margin": "margin", "maskgit_plus": "low_confidence"}
 SCHEDULES = ("uniform", "linear", "shift", "cosine", "logit_normal")
 STREAMS = ("committed", "provisional")
+# Name and values of other servers -> ours.
+STREAM_ALIASES: dict[str, tuple[tuple[Any, str], ...]] = {
+    "stream_mode": (("denoise", "provisional"), ("block_append", "committed")),
+    "diffusing": ((True, "provisional"), (False, "committed")),
+}
 POSITIONS = ("renumber", "keep")
 ATTENTIONS = ("prefix", "full")
 
@@ -92,7 +97,10 @@ class DenoiseParams:
     )
     diffusion_cfg_scale: float = setting(0.0, "classifier-free guidance (not supported yet)", "0")
     diffusion_suffix: str = setting("", "fixed text behind the canvas, visible to all positions", "text")
-    diffusion_stream: str = setting("committed", "what a stream delivers", "committed")
+    diffusion_stream: str = setting(
+        "committed", "what a stream delivers: committed text, or with it the canvas of each step", "|".join(STREAMS)
+    )
+    diffusion_stream_every: int = setting(1, "`provisional`: the canvas of every Nth step", "≥ 1")
     prune_method: str = setting("none", "how the visual tokens that stay are chosen in the first step", "see below")
     prune_keep_ratio: float = setting(0.5, "share of visual tokens kept", "(0, 1]")
     prune_layer: int | None = setting(
@@ -105,11 +113,28 @@ class DenoiseParams:
     diffusion_trace: int = setting(0, "1: write a trace of the request to the server's `trace_dir`", "0|1")
 
 
+def _other_names(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Other servers' names for `diffusion_stream`, as that. ValueError for values that mean nothing."""
+    found = dict(raw)
+    for key, meanings in STREAM_ALIASES.items():
+        if key not in found:
+            continue
+        given = found.pop(key)
+        kinds = (str,) if isinstance(meanings[0][0], str) else (bool, int, float)
+        stream = next((name for value, name in meanings if isinstance(given, kinds) and given == value), None)
+        if stream is None:
+            allowed = ", ".join(str(value).lower() for value, _ in meanings)
+            raise ValueError(f"{key} must be one of {allowed}, not {shown(given)}")
+        if found.setdefault("diffusion_stream", stream) != stream:
+            raise ValueError(f"{key} {shown(given)} contradicts diffusion_stream {shown(found['diffusion_stream'])}")
+    return found
+
+
 def parse(raw: Mapping[str, Any], base: DenoiseParams | None = None) -> DenoiseParams:
     """Options by name to checked options; ValueError for what is unknown or ill-typed. base: what is not in ``raw``."""
     known = {f.name for f in fields(DenoiseParams)}
     values: dict[str, Any] = {}
-    for key, value in raw.items():
+    for key, value in _other_names(raw).items():
         if key not in known:
             raise ValueError(unknown(key, known, "option"))
         values[key] = _CHECKS[key](key, value)
@@ -136,6 +161,7 @@ _CHECKS: dict[str, Any] = {
     "diffusion_cfg_scale": lambda k, v: number(k, v, "a number ≥ 0", lambda x: x >= 0),
     "diffusion_suffix": text,
     "diffusion_stream": lambda k, v: choice(k, v, STREAMS),
+    "diffusion_stream_every": lambda k, v: integer(k, v, 1),
     "prune_method": lambda k, v: choice(k, v, known_methods()),
     "prune_keep_ratio": lambda k, v: number(k, v, "a number in (0, 1]", lambda x: 0 < x <= 1),
     "prune_layer": optional(lambda k, v: integer(k, v, 1)),

@@ -23,8 +23,8 @@ def refuse_unsupported(opts: DenoiseParams, settings: ServerSettings) -> None:
         raise ValueError("diffusion_cfg_scale: classifier-free guidance is not supported yet; leave it at 0")
     _refuse_for_family(opts, settings.family)
     _refuse_pruning(opts, settings)
-    if opts.diffusion_stream != "committed":
-        raise ValueError("diffusion_stream: only 'committed' is supported yet")
+    if opts.diffusion_stream_every > 1 and opts.diffusion_stream != "provisional":
+        raise ValueError("diffusion_stream_every belongs to diffusion_stream 'provisional'; remove it")
     if opts.diffusion_trace and settings.trace_dir is None:
         raise ValueError(
             "diffusion_trace: this server writes no traces; start it with "

@@ -6,6 +6,8 @@ step computes a range of the sequence, ``terms.step_at``, and this subclass says
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dvlm.terms import Plan, Position, Step, restart_position, step_at
@@ -28,6 +30,8 @@ class DiffusionRequest(Request):
     restarts: bool
     needs_encoder: bool
     report: dict[str, int]
+    shows_canvas: bool
+    pruned_event: dict[str, Any] | None
     suffix_ids: list[int]
     stop_ids: set[int | None]
 
@@ -44,6 +48,8 @@ class DiffusionRequest(Request):
         self.move_to(plan.start)
         self.restarts = False
         self.needs_encoder = True
+        self.shows_canvas = False
+        self.pruned_event = None
         self.suffix_ids = []
         self.stop_ids = set()
 

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dvlm.canvas_events import attach, canvas_events
 from vllm_dvlm.counters import COUNTERS
 from vllm_dvlm.kv.groups import set_removed
 from vllm_dvlm.kv.release import release_tail
@@ -110,6 +111,7 @@ class DiffusionScheduler(Scheduler):
         if not params.ignore_eos:
             # vLLM knows one end token per tokenizer, <|endoftext|>, which diffusion decoding never produces.
             params._eos_token_id = self.hf_config.end_of_turn_token_id
+        request.shows_canvas = resolved.options.diffusion_stream == "provisional"
         request.stop_ids = {params.eos_token_id, *(params.stop_token_ids or ())}
         self._tell_worker(request, PLACED_KEY, resolved.to_mapping())
         self.counters["canvas_positions"] += plan.canvas_len
@@ -227,6 +229,7 @@ class DiffusionScheduler(Scheduler):
                 self.counters["prune_us"] += spent_us
                 request.report["prune_ms"] = spent_us / 1000
         model_runner_output.num_nans_in_logits = None
+        views, model_runner_output.sampling_masks = model_runner_output.sampling_masks, None
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in self._duplicates:
             own = outputs.setdefault(request.client_index, EngineCoreOutputs())
@@ -248,6 +251,10 @@ class DiffusionScheduler(Scheduler):
             request.move_to(advance(request.plan, request.position, num_new))
             request.num_computed_tokens = request.step.query_start
             request.needs_encoder = request.restarts = False
+            if request.shows_canvas:
+                shown = canvas_events(request, (views or {}).get(index), self.hf_config.mask_token_id)
+                if shown:
+                    attach(outputs.setdefault(request.client_index, EngineCoreOutputs()), req_id, shown)
         return outputs
 
     def _restart(self, request: DiffusionRequest) -> None:

@@ -76,6 +76,8 @@ class ServerSettings:
             if key not in known:
                 raise ValueError(unknown(key, known, "server setting"))
         settings = cls(defaults=parse({k: v for k, v in raw.items() if k not in own}))
+        if settings.defaults.diffusion_stream != "committed":
+            raise ValueError("diffusion_stream: what a stream shows is a request's choice; remove it from the settings")
         for key in own & set(raw):
             value = raw[key]
             if key in ("trace_dir", "architecture"):

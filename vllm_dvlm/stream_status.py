@@ -45,6 +45,11 @@ def note_admission(is_admitted: bool) -> None:
         gate.is_refused |= not is_admitted
 
 
+def is_http() -> bool:
+    """True while a POST over HTTP is served."""
+    return _gate.get() is not None
+
+
 class StreamStatus:
     """ASGI middleware; see the module. Answers other than event streams of vLLM's endpoints pass untouched."""
 
@@ -75,7 +80,11 @@ class StreamStatus:
         if gate.is_refused or not gate.is_admitted:
             body = request.without_stream()
             if body is not None:
-                await self.app(again, _Replay(body, receive), send)
+                token = _gate.set(Gate())
+                try:
+                    await self.app(again, _Replay(body, receive), send)
+                finally:
+                    _gate.reset(token)
                 return
         await answer.release()
         if error is not None:

@@ -1,8 +1,9 @@
-"""Add three middlewares and a handler of errors to the API server of our models.
+"""Add four middlewares, a page and a handler of errors to the API server of our models.
 
-Refused streams get HTTP 400 (``vllm_dvlm/stream_status.py``); a reply shows its request's report in a header
-(``vllm_dvlm/report_header.py``); a server whose engine died ends with status 1 (``vllm_dvlm/exit_status.py``);
-a body that cannot be read is HTTP 400 (``vllm_dvlm/unreadable_bodies.py``).
+Refused streams get HTTP 400 (``vllm_dvlm/stream_status.py``); a stream shows canvases and its report
+(``vllm_dvlm/provisional_stream.py``); a reply shows its request's report in a header (``vllm_dvlm/report_header.py``);
+a server whose engine died ends with status 1 (``vllm_dvlm/exit_status.py``); a body that cannot be read is HTTP 400
+(``vllm_dvlm/unreadable_bodies.py``); `/dvlm` is a page to watch answers on (``vllm_dvlm/page``).
 
 vLLM sends status 200 for a streamed request before it validates the parameters. The seams do not reach that far:
 endpoint plugins load only where the user names them in VLLM_PLUGINS, ``--middleware`` is a flag that the user would
@@ -38,16 +39,19 @@ def init_entrypoints_middleware(args: Any, app: "FastAPI", supported_tasks: tupl
     """vLLM's own middleware, then ours around it."""
     from vllm.entrypoints.serve.middleware import register
 
-    from vllm_dvlm import unreadable_bodies
+    from vllm_dvlm import page, unreadable_bodies
     from vllm_dvlm.exit_status import ExitStatus
+    from vllm_dvlm.provisional_stream import ProvisionalStream
     from vllm_dvlm.report_header import ReportHeader
     from vllm_dvlm.stream_status import StreamStatus
 
     register.init_entrypoints_middleware(args, app, supported_tasks)
+    app.add_middleware(ProvisionalStream)
     app.add_middleware(StreamStatus)
     app.add_middleware(ReportHeader)
     app.add_middleware(ExitStatus)
     unreadable_bodies.install(app)
+    page.install(app)
 
 
 def install() -> None:

@@ -17,7 +17,7 @@ def test_what_moved_is_named(tmp_path):
     modules = {module for module, _ in next_release.imported()} | {n.partition(":")[0] for n in next_release.CLASSES}
     modules |= {source.partition(":")[0] for source in next_release._patched()}
     modules |= {next_release._home(old, module, cls) or module for module, cls, _ in next_release.overridden()}
-    for module in modules:
+    for module in filter(old.source, modules):
         path = old.root.joinpath(*module.split("."))
         file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
         target = tmp_path / file.relative_to(old.root)

@@ -44,8 +44,8 @@ def choose(setting: str, device_type: str, dtype: torch.dtype) -> WholeAttention
 def sums_are_worth_it(attention: WholeAttention) -> bool:
     """Whether a step that prunes should ask for the log-sum-exp.
 
-    On a CPU it saves nothing (`vllm-dvlm bench scoring`): nearly all keys are visual tokens, which are scored anyway, and
-    the sum over the others costs less than handing the denominators out.
+    On a CPU it saves nothing (`vllm-dvlm bench scoring`): nearly all keys are visual tokens, which are scored anyway,
+    and the sum over the others costs less than handing the denominators out.
     """
     return attention is with_xformers
 

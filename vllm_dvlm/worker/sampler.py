@@ -31,6 +31,7 @@ from vllm_dvlm.denoise.confidence import (
 from vllm_dvlm.denoise.noise import row_keys
 from vllm_dvlm.denoise.step import StepOutput, candidates, take_step
 from vllm_dvlm.terms import LOST
+from vllm_dvlm.worker.canvas_views import views_of
 from vllm_dvlm.worker.logprobs import RowLogprobs, collect, row_logprobs, rows_of
 from vllm_dvlm.worker.transfer import to_device
 
@@ -128,7 +129,7 @@ class DiffusionSampler:
             out.num_emitted[index] = out.next_start[index] = 0
         self.state.canvases.scatter(step.idx, step.req_idx, out.canvases)
         logprobs = collect(step.slots, proposals.logprobs, out)
-        report = None
+        report, jobs = None, list(self.state.pruner.jobs)
         if self.state.pruner.active:
             still_masked, _ = candidates(out.canvases, self.mask_token_id)
             report = self.state.pruner.complete(still_masked, out)
@@ -136,6 +137,7 @@ class DiffusionSampler:
             report = torch.zeros(len(step.slots), dtype=torch.int32) if report is None else report
             report[lost] = LOST
         self._record_traces(step, proposals, out)
+        views = views_of(step, self.state.canvases, proposals.confidence, out, jobs)
         for slot in step.slots:
             slot.num_steps += 1
             if slot.plan.caches_prompt:  # its KV is there for the rest of the request
@@ -143,6 +145,7 @@ class DiffusionSampler:
         return SamplerOutput(
             sampled_token_ids=out.emitted,
             logprobs_tensors=logprobs,
+            sampling_mask_tensors=views,
             # The one free number per request on the way to the scheduler, which takes it out; NaNs are not counted.
             num_nans=report if lost or not envs.VLLM_RAISE_ON_LOGIT_NANS else None,
             num_sampled=out.num_emitted.to(torch.int32),

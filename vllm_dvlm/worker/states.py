@@ -92,6 +92,8 @@ class CanvasStates:
         shape = (max_num_reqs, NUM_FIELDS + max_canvas_len)
         self.rows = torch.zeros(shape, dtype=torch.int64, device=device)
         self.threshold = torch.full((max_num_reqs,), float("nan"), dtype=torch.float64, device=device)
+        # Of written positions, for requests whose stream shows their canvas; nan where no step has written.
+        self.confidence = torch.full((max_num_reqs, max_canvas_len), float("nan"), device=device)
         self.is_apart = device.type != "cpu" if is_apart is None else is_apart
         self._mirror = np.zeros(shape, dtype=np.int64) if self.is_apart else self.rows.numpy()
         # Rows of the last step on their way to the host, and whose they are.
@@ -158,6 +160,7 @@ class CanvasStates:
         if self.is_apart:
             self.rows[req_idx] = to_device(row, self.device)
         self.threshold[req_idx] = float("nan") if threshold is None else threshold
+        self.confidence[req_idx] = float("nan")
 
     def snapshot(self, req_idx: int) -> np.ndarray:
         """Copy of a slot's row as of the last step. [NUM_FIELDS + C] int64."""
