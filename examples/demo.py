@@ -87,6 +87,10 @@ def main() -> None:
         client = ask_all_ways(url, args.model, own, ways, canvas, args.out)
         print_answers(own, ways)
         stream(client, items[0], str(args.model), canvas)
+        if is_demo:
+            watch(client, items[0], str(args.model), canvas)
+            decide(url, items[0], str(args.model))
+        print(f"\nwhile the server runs, its page is {url}/dvlm")
         print_metrics(url)
     if is_demo:
         # LaViDa computes its prompt once, whatever the options.
@@ -213,6 +217,40 @@ def stream(client: OpenAI, item: Item, model: str, canvas: int) -> None:
     options = {"diffusion_canvas_length": canvas, "diffusion_block_length": canvas // 4}
     for chunk in ask(client, item, model, options, stream=True):
         print(chunk.choices[0].delta.content or "", end="|", flush=True)
+
+
+def watch(client: OpenAI, item: Item, model: str, canvas: int) -> None:
+    """The same, with the canvas of each step."""
+    print("\n\nwatched:")
+    options = {"diffusion_canvas_length": canvas, "diffusion_stream": "provisional"} | PRUNED
+    for chunk in ask(client, item, model, options, stream=True):
+        shown = (chunk.choices[0].delta.model_extra or {}).get("diffusion", {})
+        if shown.get("event") == "snapshot":
+            print(f"  step {shown['step']}: {shown['text']!r}, {shown['masked']} masked")
+        elif shown.get("event") == "pruned":
+            print(f"  visual tokens {shown['visual_tokens']}, KV blocks given back: {shown['kv_blocks_freed']}")
+
+
+def decide(url: str, item: Item, model: str) -> None:
+    """The first question as a decision between colours, in one forward pass."""
+    buffer = io.BytesIO()
+    item.image.save(buffer, format="PNG")
+    picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    colours = ("red", "green", "blue", "yellow", "white", "orange", "pink", "purple")
+    body = {
+        "model": model,
+        "state": None,
+        "images": [picture],
+        "questions": {"colour": {"type": "choice", "instructions": item.question, "criteria": dict.fromkeys(colours)}},
+        "chat_template_kwargs": {"decision_labels": "words"},
+    }
+    request = urllib.request.Request(
+        url + "/v1/systemone", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        answer = json.load(reply)["answers"]["colour"]
+    likely = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:3]
+    print("\ndecided:", item.question, ", ".join(f"{name} {share:.1%}" for name, share in likely))
 
 
 def print_metrics(url: str) -> None:

@@ -12,6 +12,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     from vllm_dvlm.bench import (
         capacity,
+        decisions,
         engine,
         frontier,
         latency,
@@ -20,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         quality,
         scale,
         scoring_kernels,
+        stream,
         throughput,
     )
     from vllm_dvlm.bench.abuse import command as abuse
@@ -43,6 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
         sub = bench.add_parser(name, help=text)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
+    text = "decisions in one forward pass against generating the answers: accuracy, calibration, questions/s"
+    sub = bench.add_parser("decisions", allow_abbrev=False, help=text)
+    decisions.add_arguments(sub)
+    sub.set_defaults(run=decisions.run, takes_more=True)
+    text = "what it costs to show the canvas of each step in a stream"
+    sub = bench.add_parser("stream", allow_abbrev=False, help=text)
+    stream.add_arguments(sub)
+    sub.set_defaults(run=stream.run, takes_more=True)
     text = "replicas behind Ray Serve: throughput, latency, scaling, the router's cost; more of them simulated"
     sub = bench.add_parser("scale", allow_abbrev=False, help=text)
     scale.add_arguments(sub)

@@ -12,12 +12,11 @@ reads slowly holds back its own chunks, meanwhile vLLM merges outputs, of which 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from vllm_dvlm.options import STREAM_ALIASES
@@ -31,6 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 KEY = "dvlm_canvas"  # of canvas_events, which imports the engine
 PATHS = ("/v1/chat/completions", "/v1/completions")
 MASKED_TEXT = "▒"
+BROKEN = "\ufffd"  # half a character
 _EVENT = b"data: "
 _MARK = "__dvlm_shows_canvases__"
 
@@ -48,7 +48,7 @@ class Channel:
     waiting: list[dict[str, Any]] = field(default_factory=list)
     report: dict[str, Any] | None = None
     about: dict[str, Any] | None = None
-    decode: Callable[[list[int]], str] | None = None
+    decode: _Decoder | None = None
     mask_token_id: int = -1
     model_name: str = ""
     has_shown_pruned: bool = False
@@ -94,19 +94,14 @@ class Channel:
     def _snapshot(self, shown: dict[str, Any]) -> dict[str, Any]:
         """A snapshot as the client sees it: text, and the text of every position (None: masked)."""
         ids, confidence = shown.pop("token_ids"), shown.pop("confidence")
-        decode = self.decode or (lambda ids: "")
-        text, run, cells = "", [], []
-        for token_id in ids:
-            is_masked = token_id == self.mask_token_id
-            cells.append(None if is_masked else decode([token_id]))
-            if is_masked:
-                text += (decode(run) if run else "") + MASKED_TEXT
-                run = []
-            else:
-                run.append(token_id)
-        text += decode(run) if run else ""
+        mask, decode = self.mask_token_id, self.decode or str
+        cells = [None if token_id == mask else decode(token_id) for token_id in ids]
+        text = "".join(MASKED_TEXT if cell is None else cell for cell in cells)
+        if BROKEN in text and self.decode is not None:  # characters of several tokens
+            runs = groupby(ids, lambda token_id: token_id == mask)
+            text = "".join(MASKED_TEXT * len(list(run)) if m else self.decode.together(list(run)) for m, run in runs)
         pairs = zip(confidence, cells, strict=True)
-        sure = [None if cell is None or math.isnan(value) else round(value, 4) for value, cell in pairs]
+        sure = [None if cell is None or value != value else round(value, 4) for value, cell in pairs]
         return {"event": "snapshot", **shown, "text": text, "tokens": cells, "confidence": sure}
 
     async def _send_alone(self, event: dict[str, Any]) -> None:
@@ -194,14 +189,21 @@ def _tokenizer(model_config: Any) -> Any:
 
 
 class _Decoder:
-    """Token ids to text; single ones are remembered, since every snapshot repeats them."""
+    """Text of token ids; single ones are remembered, since every snapshot repeats them."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._decode = tokenizer.decode
-        self._one = lru_cache(maxsize=2**16)(lambda token_id: self._decode([token_id]))
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
 
-    def __call__(self, ids: list[int]) -> str:
-        return self._one(ids[0]) if len(ids) == 1 else self._decode(ids)
+    def __call__(self, token_id: int) -> str:
+        found = self._known.get(token_id)
+        if found is None:
+            found = self._known[token_id] = self._tokenizer.decode([token_id])
+        return found
+
+    def together(self, ids: list[int]) -> str:
+        """Of tokens that follow each other."""
+        return self._tokenizer.decode(ids)
 
 
 @dataclass

@@ -64,7 +64,7 @@ SAMPLING_PARAMETERS: dict[str, str | Refused] = {
     "prompt_logprobs": Refused("remove it; logprobs of the reply are available"),
     "prompt_logprob_token_ids": Refused("remove it"),
     "prompt_logprob_start": UPSTREAM,  # refused by vLLM without prompt_logprob_token_ids
-    "logprob_token_ids": Refused("remove it; use logprobs=N"),
+    "logprob_token_ids": READ,
     "flat_logprobs": UPSTREAM,
     "detokenize": UPSTREAM,
     "skip_special_tokens": UPSTREAM,

@@ -3,7 +3,8 @@
 Refused streams get HTTP 400 (``vllm_dvlm/stream_status.py``); a stream shows canvases and its report
 (``vllm_dvlm/provisional_stream.py``); a reply shows its request's report in a header (``vllm_dvlm/report_header.py``);
 a server whose engine died ends with status 1 (``vllm_dvlm/exit_status.py``); a body that cannot be read is HTTP 400
-(``vllm_dvlm/unreadable_bodies.py``); `/dvlm` is a page to watch answers on (``vllm_dvlm/page``).
+(``vllm_dvlm/unreadable_bodies.py``); `/dvlm` is a page to watch answers on (``vllm_dvlm/page``),
+`/v1/systemone` decides (``vllm_dvlm/decisions.py``).
 
 vLLM sends status 200 for a streamed request before it validates the parameters. The seams do not reach that far:
 endpoint plugins load only where the user names them in VLLM_PLUGINS, ``--middleware`` is a flag that the user would
@@ -39,7 +40,7 @@ def init_entrypoints_middleware(args: Any, app: "FastAPI", supported_tasks: tupl
     """vLLM's own middleware, then ours around it."""
     from vllm.entrypoints.serve.middleware import register
 
-    from vllm_dvlm import page, unreadable_bodies
+    from vllm_dvlm import decisions, page, unreadable_bodies
     from vllm_dvlm.exit_status import ExitStatus
     from vllm_dvlm.provisional_stream import ProvisionalStream
     from vllm_dvlm.report_header import ReportHeader
@@ -52,6 +53,7 @@ def init_entrypoints_middleware(args: Any, app: "FastAPI", supported_tasks: tupl
     app.add_middleware(ExitStatus)
     unreadable_bodies.install(app)
     page.install(app)
+    decisions.install()
 
 
 def install() -> None:

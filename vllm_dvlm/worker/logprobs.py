@@ -36,21 +36,26 @@ class RowLogprobs:
 
 
 def row_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, num: int
+    logits: torch.Tensor, tokens: torch.Tensor, num: int, wanted: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities of the chosen tokens and of the ``num`` best; one temporary of the size of ``logits``.
 
     Args:
         logits: [N, V] float32, forbidden tokens at -inf; not changed.
         tokens: [N] int64.
+        wanted: [num] int64, other tokens to look at than the best.
 
     Returns:
         (ids [N, num + 1] int32, values [N, num + 1] float32, rank of the chosen token [N] int64), see ``RowLogprobs``.
     """
     own = logits.gather(1, tokens[:, None])
-    best = logits.topk(num, dim=1)
-    ids = torch.cat([tokens[:, None], best.indices], dim=1).int()
-    values = torch.cat([own, best.values], dim=1) - torch.logsumexp(logits, dim=1, keepdim=True)
+    if wanted is None:
+        others, indices = logits.topk(num, dim=1)
+    else:
+        indices = wanted.expand(len(logits), -1)
+        others = logits.gather(1, indices)
+    ids = torch.cat([tokens[:, None], indices], dim=1).int()
+    values = torch.cat([own, others], dim=1) - torch.logsumexp(logits, dim=1, keepdim=True)
     return ids, values, (logits > own).sum(dim=1) + 1
 
 
@@ -119,7 +124,9 @@ def rows_of(
     request: int, slot: RequestSlot, positions: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor
 ) -> RowLogprobs:
     """What a chunk of logits says about a request that wants log-probabilities; arguments as in ``RowLogprobs``."""
-    return RowLogprobs(request, positions, *row_logprobs(logits, chosen, slot.sampling_params.logprobs))
+    asked = slot.sampling_params
+    wanted = None if asked.logprob_token_ids is None else to_device(asked.logprob_token_ids, logits.device)
+    return RowLogprobs(request, positions, *row_logprobs(logits, chosen, asked.num_logprobs or 0, wanted))
 
 
 def collect(slots: list[RequestSlot], rows: list[RowLogprobs], out: StepOutput) -> LogprobsTensors | None:

@@ -161,8 +161,8 @@ class DiffusionModelState(ModelState):
         if is_lost:
             return slot
         slot.pruned_plan = params.pruned_plan(plan, num_visual)
-        if sampling_params.logprobs is not None:
-            slot.logprobs = LogprobTable(plan.canvas_len, sampling_params.logprobs, self.device)
+        if (num := sampling_params.num_logprobs) is not None:
+            slot.logprobs = LogprobTable(plan.canvas_len, num, self.device)
         traced = params.options.diffusion_trace and self.writes_traces
         if traced or slot.pruned_plan is not None:
             slot.images = describe_images(new_req_data.mm_features, self.model.vision.layout)

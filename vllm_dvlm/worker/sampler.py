@@ -226,8 +226,9 @@ class DiffusionSampler:
         if self.mask_token_id in words:
             self._unstall(step, logits, first, end, self.mask_token_id - words.start)
         tokens, best, rest = greedy_parts(logits)
-        own = torch.stack([(tokens + words.start).double(), best.double(), rest.double()])
-        tokens, best, rest = tensor_model_parallel_all_gather(own[None], 0).unbind(1)
+        # float32 holds ids up to 2**24 exactly; the CPU's gather through shared memory knows no float64.
+        own = torch.stack([(tokens + words.start).float(), best, rest])
+        tokens, best, rest = tensor_model_parallel_all_gather(own[None], 0).double().unbind(1)
         return join_parts(tokens, best, rest)
 
     @cached_property

@@ -1,0 +1,151 @@
+"""Decisions about pictures: `/v1/systemone` on the demo model, and the log-probabilities that they are read from."""
+
+import math
+
+import pytest
+
+from tests.engine.server import MODEL, Server
+from vllm_dvlm.bench import decisions as bench
+from vllm_dvlm.bench.question_job import model_of
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    served = Server(model_of(None), log, {}, "--kv-cache-memory-bytes", str(2**27), "--max-num-seqs", "8")
+    yield served
+    served.stop()
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return bench.questions(40, 3)
+
+
+def decide(server, body, status=200):
+    reply = server.http.post("/v1/systemone", json={"model": MODEL, "state": None} | body)
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+def choice(each):
+    return {"type": "choice", "instructions": each.question, "criteria": dict.fromkeys(bench.OPTIONS[each.kind])}
+
+
+WORDS = {"chat_template_kwargs": {"decision_labels": "words"}}
+
+
+def test_answers_and_probabilities(server, asked):
+    right = 0
+    for each in asked:
+        found = decide(server, {"images": [each.picture], "questions": {"q": choice(each)}} | WORDS)
+        answer = found["answers"]["q"]
+        assert answer["choice"] == max(answer["probabilities"], key=answer["probabilities"].get)
+        assert sum(answer["probabilities"].values()) == pytest.approx(1)
+        assert set(answer["probabilities"]) == set(bench.OPTIONS[each.kind])
+        assert 0 <= found["diagnostics"]["q"]["label_mass"] <= 1
+        right += answer["choice"] == each.answer
+    assert right >= 35
+
+
+def test_several_questions_at_once_are_those_alone(server, asked):
+    """One request, one batch: the same probabilities as asked one by one."""
+    pair, _ = bench.pairs(2, 5)
+    ask = lambda q: decide(server, {"images": [q.picture], "questions": {"q": choice(q)}} | WORDS)  # noqa: E731
+    alone = [ask(each)["answers"]["q"] for each in pair]
+    body = {"images": [pair[0].picture], "questions": {str(i): choice(q) for i, q in enumerate(pair)}}
+    together = decide(server, body | WORDS)
+    for number, each in enumerate(alone):
+        own = together["answers"][str(number)]
+        assert own["choice"] == each["choice"]
+        assert own["probabilities"] == pytest.approx(each["probabilities"], rel=1e-3, abs=1e-6)
+
+
+def test_jointly_read(server):
+    """A slot for each in one canvas: answers of both, one prompt."""
+    pair, _ = bench.pairs(2, 5)
+    body = {"images": [pair[0].picture], "questions": {str(i): choice(q) for i, q in enumerate(pair)}}
+    joint = decide(server, body | {"chat_template_kwargs": {"decision_labels": "words", "decision_reading": "joint"}})
+    apart = decide(server, body | WORDS)
+    assert set(joint["answers"]) == {"0", "1"}
+    assert joint["usage"]["input_tokens"] < apart["usage"]["input_tokens"]
+
+
+@pytest.mark.parametrize("labels", ["letters", "words"])
+def test_every_type(server, asked, labels):
+    questions = {
+        "yes": {"type": "noul", "instructions": "is there a 3?"},
+        "level": {"type": "score", "instructions": "how many?", "criteria": ["none", "few", "many"]},
+        "pick": {"type": "choice", "instructions": "which?", "criteria": {"red": "as blood", "blue": None}},
+    }
+    body = {"images": [asked[0].picture], "questions": questions, "state": "Look.", "instructions": "Answer briefly."}
+    found = decide(server, body | {"chat_template_kwargs": {"decision_labels": labels}})["answers"]
+    assert 0 <= found["yes"]["noul"] <= 1 and found["pick"]["choice"] in ("red", "blue")
+    assert 0 <= found["level"]["score"] <= 2 and set(found["level"]["probabilities"]) == {"0", "1", "2"}
+
+
+def test_text_alone(server):
+    body = {"state": "The sky is blue.", "questions": {"q": {"type": "noul", "instructions": "Is it red?"}}}
+    assert "noul" in decide(server, body)["answers"]["q"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"questions": {}}, "needs at least one question"),
+        ({"chat_template_kwargs": {"decision_labels": "numbers"}}, "decision_labels must be one of letters, words"),
+        ({"chat_template_kwargs": {"decision_reading": "both"}}, "decision_reading must be one of separate, joint"),
+        ({"images": ["data:image/png;base64,AAAA"]}, "media"),
+        ({"audio": ["data:audio/wav;base64,AAAA"]}, "does not take audio"),
+        ({"questions": {"q": {"type": "rank", "instructions": "?"}}}, "unknown question type"),
+    ],
+)
+def test_bad_requests(server, asked, change, message):
+    body = {"images": [asked[0].picture], "questions": {"q": choice(asked[0])}} | change
+    assert message in decide(server, body, 400)["error"]["message"]
+
+
+def test_options_with_too_many_tokens(server):
+    # A byte is a token of this model: 90 printable ones and those of letters beyond them.
+    letters = [chr(33 + i) for i in range(90)] + [chr(0x100 + 17 * i) for i in range(94)]
+    criteria = {"".join(letters[i::19]): None for i in range(19)}
+    body = {"questions": {"q": {"type": "choice", "instructions": "which?", "criteria": criteria}}} | WORDS
+    assert "different tokens; use at most 128" in decide(server, body, 400)["error"]["message"]
+
+
+def test_bench_measures(server, asked):
+    """Rows and figures of the command; what they say, examples/results tells."""
+    import argparse
+
+    arguments = argparse.Namespace(at_once=4, canvas=8, alone=8)
+    rows, figures, (error, bins) = bench.measure(bench.Server(server.port, MODEL), asked, bench.pairs(4, 1), arguments)
+    assert [row["questions"] for row in rows] == [40, 40, 40, 8, 8]
+    assert rows[1]["right"] == rows[2]["right"] >= 0.85 and figures["C3_same_answer_one_at_a_time"] == 1
+    assert 0 <= error <= 1 and sum(num for _, _, num in bins) == 40 and figures["C3_times_generating"] > 1
+
+
+def test_calibration():
+    sure = [bench.Decided("a", 0.95)] * 10 + [bench.Decided("a", 0.55)] * 10
+    error, bins = bench.calibration(sure, [True] * 9 + [False] + [True] * 5 + [False] * 5)
+    assert error == pytest.approx(0.05) and [num for _, _, num in bins] == [10, 10]
+    assert bench.calibration([bench.Decided("a", 1.0)], [False])[0] == 1
+
+
+def test_logprobs_of_chosen_ids(engine):
+    """`logprob_token_ids`: at each position, the numbers that `logprobs=N` has for the same ids."""
+    from tests.engine.engines import case_params, case_prompt
+    from tests.golden import cases
+
+    case = cases.load("a1_text_single_block")
+    engine.use(case.build_args)
+    best = engine.run_one(case_prompt(case), case_params(case, logprobs=5)).outputs[0]
+    ids = sorted({i for row in best.logprobs for i in row})[:20]
+    chosen = engine.run_one(case_prompt(case), case_params(case, logprob_token_ids=ids)).outputs[0]
+    assert list(chosen.token_ids) == list(best.token_ids)
+    compared = 0
+    for token, wanted, found in zip(best.token_ids, best.logprobs, chosen.logprobs, strict=True):
+        assert set(found) == {*ids, token}
+        for token_id in wanted.keys() & found.keys():
+            assert math.isclose(found[token_id].logprob, wanted[token_id].logprob, abs_tol=1e-6)
+            compared += 1
+    assert compared > 20

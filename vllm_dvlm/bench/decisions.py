@@ -1,0 +1,241 @@
+"""`vllm-dvlm bench decisions`: decisions in one forward pass against generating the same answers.
+
+The demo model's questions about held-out pictures, over HTTP: generated one at a time, decided one at a time, decided
+several at once; and two questions about one picture read apart and jointly. Accuracy with its interval, calibration
+(expected calibration error, reliability plot), questions per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import concurrent.futures
+import io
+import json
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dvlm.bench import digit_questions as digits
+from vllm_dvlm.bench.common import Row, add_output_arguments, describe_run, progress, report
+from vllm_dvlm.bench.scale_plan import DEMO_KV_BYTES, num_gpus
+from vllm_dvlm.bench.scale_run import free_port, is_busy, running
+from vllm_dvlm.bench.scoring import is_match, wilson_interval
+from vllm_dvlm.bench.serving_load import MODEL_NAME, VLLM
+
+NUMBERS = [str(number) for number in range(10)]
+# Places have 144 names, more than a question has options, and are left out.
+OPTIONS = {"colour": list(digits.COLOURS), "digit": NUMBERS, "beside": NUMBERS, "count": NUMBERS}
+BINS = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command; all others are those of `vllm serve`."""
+    add_output_arguments(parser)
+    parser.add_argument("--model", help="checkpoint folder that knows the demo's questions (default: the demo model)")
+    parser.add_argument("--num", type=int, default=1000, help="questions (default 1000)")
+    parser.add_argument("--alone", type=int, default=200, help="of them timed one at a time (default 200)")
+    parser.add_argument("--at-once", type=int, default=8, help="decisions at a time (default 8)")
+    parser.add_argument("--canvas", type=int, default=8, help="canvas of generated answers (default 8)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its options. picture: data URL."""
+
+    picture: str
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Decided:
+    """answer and its probability among the options."""
+
+    answer: str
+    confidence: float
+
+
+class Server:
+    """Requests to a running server."""
+
+    def __init__(self, port: int, model: str = MODEL_NAME) -> None:
+        self.url, self.model = f"http://127.0.0.1:{port}", model
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        data = json.dumps({"model": self.model} | body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return json.load(reply)
+
+    def generate(self, asked: Asked, canvas: int) -> str:
+        """The reply to a chat, exact mode."""
+        content = [
+            {"type": "image_url", "image_url": {"url": asked.picture}},
+            {"type": "text", "text": asked.question},
+        ]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": canvas, "temperature": 0}
+        return self._post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+
+    def decide(self, asked: Sequence[Asked], reading: str = "separate") -> list[Decided]:
+        """Questions about the first one's picture."""
+        questions = {
+            str(number): {
+                "type": "choice",
+                "instructions": each.question,
+                "criteria": dict.fromkeys(OPTIONS[each.kind]),
+            }
+            for number, each in enumerate(asked)
+        }
+        body = {
+            "state": None,
+            "images": [asked[0].picture],
+            "questions": questions,
+            "chat_template_kwargs": {"decision_labels": "words", "decision_reading": reading},
+        }
+        answers = self._post("/v1/systemone", body)["answers"]
+        found = [answers[name] for name in questions]
+        return [Decided(each["choice"], each["probabilities"][each["choice"]]) for each in found]
+
+
+def questions(num: int, seed: int) -> list[Asked]:
+    """Held-out questions whose answers are few enough to be options."""
+    found: list[Asked] = []
+    for each in digits.held_out(num * len(digits.KINDS) // len(OPTIONS) + len(digits.KINDS), seed):
+        if each.kind in OPTIONS:
+            found.append(Asked(_data_url(each.image), each.question, each.answer, each.kind))
+    return found[:num]
+
+
+def pairs(num: int, seed: int) -> list[tuple[Asked, Asked]]:
+    """Two questions about one picture: the colour of a digit that occurs once, and how often it occurs."""
+    found = []
+    for each in digits.held_out(num * len(digits.KINDS), seed):
+        if each.kind == "colour":
+            digit = each.question.rstrip("?").split()[-1]
+            picture = _data_url(each.image)
+            first = Asked(picture, each.question, each.answer, "colour")
+            found.append((first, Asked(picture, f"how many {digit} are there?", "1", "count")))
+    return found[:num]
+
+
+def _data_url(pixels: Any) -> str:
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def calibration(decided: Sequence[Decided], right: Sequence[bool]) -> tuple[float, list[tuple[float, float, int]]]:
+    """Expected calibration error, and (mean confidence, share right, number) of each bin of equal width with any."""
+    bins: list[list[int]] = [[] for _ in range(BINS)]
+    for place, each in enumerate(decided):
+        bins[min(BINS - 1, int(each.confidence * BINS))].append(place)
+    found, error = [], 0.0
+    for places in filter(None, bins):
+        sure = sum(decided[i].confidence for i in places) / len(places)
+        share = sum(right[i] for i in places) / len(places)
+        found.append((sure, share, len(places)))
+        error += len(places) / len(decided) * abs(sure - share)
+    return error, found
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    begin = time.perf_counter()
+    found = work()
+    return found, time.perf_counter() - begin
+
+
+def _row(name: str, right: Sequence[bool], num: int, seconds: float) -> Row:
+    low, high = wilson_interval(sum(right), len(right))
+    share = sum(right) / len(right)
+    return {
+        "way": name,
+        "questions": len(right),
+        "right": share,
+        "low": low,
+        "high": high,
+        "questions/s": num / seconds,
+    }
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and report. ValueError for arguments that cannot be met."""
+    from vllm_dvlm.bench.question_job import model_of
+
+    if wrong := [name for name in ("num", "alone", "at_once", "canvas") if getattr(arguments, name) < 1]:
+        raise ValueError(f"--{wrong[0].replace('_', '-')} must be at least 1")
+    model, gpus, port = model_of(arguments.model), num_gpus(), free_port()
+    options = list(arguments.rest)
+    if not gpus and not any(word.startswith("--kv-cache-memory-bytes") for word in options):
+        options += ["--kv-cache-memory-bytes", str(DEMO_KV_BYTES)]
+    command = [str(VLLM), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", MODEL_NAME, "--max-num-seqs", str(arguments.at_once), *options]
+    environment = {} if gpus else {"VLLM_CPU_OMP_THREADS_BIND": "0", "OMP_NUM_THREADS": "1"}
+    asked, two = questions(arguments.num, arguments.seed), pairs(arguments.num // 4 or 1, arguments.seed + 1)
+    with (
+        tempfile.TemporaryDirectory(prefix="vllm-dvlm-bench-") as folder,
+        running(command, port, Path(folder) / "server.log", 1, **environment),
+    ):
+        busy = is_busy()
+        rows, figures, found = measure(Server(port), asked, two, arguments)
+    about = {"busy": "yes" if busy else "no", "at_once": arguments.at_once, "canvas": arguments.canvas}
+    description = describe_run("checkpoint", arguments.seed, **about)
+    report(arguments, rows, figures, description, lambda axes: _draw(axes, *found))
+    return 0
+
+
+def measure(
+    server: Server, asked: Sequence[Asked], two: Sequence[tuple[Asked, Asked]], arguments: argparse.Namespace
+) -> tuple[list[Row], Row, tuple[float, list[tuple[float, float, int]]]]:
+    """Rows, figures and the calibration of all decisions."""
+    for each in asked[: arguments.at_once]:  # warms up
+        server.generate(each, arguments.canvas)
+        server.decide([each])
+    alone = asked[: arguments.alone]
+    texts, generating = _timed(lambda: [server.generate(a, arguments.canvas) for a in progress(alone, "generate")])
+    singly, deciding = _timed(lambda: [server.decide([a])[0] for a in progress(alone, "decide")])
+    with concurrent.futures.ThreadPoolExecutor(arguments.at_once) as pool:
+        decided, together = _timed(lambda: list(pool.map(lambda a: server.decide([a])[0], asked)))
+        # The same questions, all of them generated, for accuracy alone.
+        generated = list(pool.map(lambda a: server.generate(a, arguments.canvas), asked))
+    right_text = [is_match(text, [a.answer]) for text, a in zip(generated, asked, strict=True)]
+    right = [d.answer == a.answer for d, a in zip(decided, asked, strict=True)]
+    rows = [
+        _row("generated, one at a time", right_text, len(alone), generating),
+        _row("decided, one at a time", right, len(alone), deciding),
+        _row(f"decided, {arguments.at_once} at a time", right, len(asked), together),
+    ]
+    for reading in ("separate", "joint"):
+        both, seconds = _timed(lambda way=reading: [server.decide(pair, way) for pair in progress(two, way)])
+        found = [decision for pair in both for decision in pair]
+        wanted = [each.answer for pair in two for each in pair]
+        rightly = [d.answer == answer for d, answer in zip(found, wanted, strict=True)]
+        rows.append(_row(f"two questions, {reading}", rightly, len(rightly), seconds))
+    by_kind = {kind: [r for r, a in zip(right, asked, strict=True) if a.kind == kind] for kind in OPTIONS}
+    error, bins = calibration(decided, right)
+    figures: Row = {
+        "C3_times_generating": rows[2]["questions/s"] / rows[0]["questions/s"],
+        "C3_times_generating_one_at_a_time": rows[1]["questions/s"] / rows[0]["questions/s"],
+        "C3_right_minus_generated": rows[2]["right"] - rows[0]["right"],
+        "C3_only_decided_right": sum(a and not b for a, b in zip(right, right_text, strict=True)),
+        "C3_only_generated_right": sum(b and not a for a, b in zip(right, right_text, strict=True)),
+        "C3_same_answer_one_at_a_time": sum(a == b for a, b in zip(singly, decided, strict=False)) / len(singly),
+        "C3_joint_right_minus_separate": rows[4]["right"] - rows[3]["right"],
+        "expected_calibration_error": error,
+    } | {f"right_{kind}": sum(each) / len(each) for kind, each in by_kind.items() if each}
+    return rows, figures, (error, bins)
+
+
+def _draw(axes: Any, error: float, bins: Sequence[tuple[float, float, int]]) -> None:
+    most = max(num for _, _, num in bins)
+    axes.plot([0, 1], [0, 1], ":", color="grey")
+    axes.scatter([s for s, _, _ in bins], [r for _, r, _ in bins], [20 + 280 * n / most for _, _, n in bins])
+    axes.set(xlabel="probability of the answer", ylabel="share right", title=f"expected calibration error {error:.3f}")
