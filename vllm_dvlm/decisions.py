@@ -32,6 +32,7 @@ from vllm.entrypoints.generate.structured_decisions.strategies import LABELS, De
 from vllm_dvlm.families import FAMILIES
 
 if TYPE_CHECKING:
+    from vllm.entrypoints.generate.structured_decisions.protocol import ReadPromptRequest
     from vllm.inputs import EngineInput
     from vllm.lora.request import LoRARequest
     from vllm.outputs import RequestOutput
@@ -138,6 +139,20 @@ class CanvasStrategy(strategies.NextTokenStrategy):
             extra_args=options,
         )
 
+    async def _render(
+        self, read_request: ReadPromptRequest, messages: list[dict[str, Any]]
+    ) -> tuple[EngineInput, list[int]]:
+        """vLLM's, with its cache of processed pictures: these models' does not count on what the engine has kept."""
+        context = self.context
+        _, (engine_input,) = await context.online_renderer.preprocess_chat(
+            read_request,
+            messages,
+            default_template=context.chat_template,
+            default_template_content_format=context.chat_template_content_format,
+            default_template_kwargs=context.default_chat_template_kwargs,
+        )
+        return engine_input, []
+
     # -- reading -----------------------------------------------------------------------------------------------
 
     async def read(
@@ -170,18 +185,9 @@ class CanvasStrategy(strategies.NextTokenStrategy):
             engine_input, _ = await self._render(read_request, messages)
             return engine_input
 
-        work: list[tuple[EngineInput, SamplingParams, list[Slots]]] = []
-        if reading == "joint":
-            asked = "\n\n".join(f"{i}: {self._ask(q, kind)}" for i, q in enumerate(questions, start=1))
-            draft, slots = self._draft(questions, kind)
-            work.append((await rendered(asked), self._params(slots, len(draft), draft), slots))
-        else:
-            for question in questions:
-                slots = [self._slots(question, kind, 0)]
-                params = self._params(slots, max(LEAST_CANVAS, slots[0].width), None)
-                work.append((await rendered(self._ask(question, kind)), params, slots))
-
-        async def answered(number: int, engine_input: EngineInput, params: SamplingParams) -> RequestOutput:
+        async def answered(number: int, text: str, params: SamplingParams) -> RequestOutput:
+            """Rendered and sent on at once: the engine reads the first while the next is being rendered."""
+            engine_input = await rendered(text)
             result = None
             async for result in self.context.engine_client.generate(  # noqa: B007 - the last one counts
                 engine_input,
@@ -196,10 +202,24 @@ class CanvasStrategy(strategies.NextTokenStrategy):
                 raise ValueError(f"no answer to question {number + 1}")
             return result
 
+        work: list[tuple[str, SamplingParams, list[Slots]]] = []
+        if reading == "joint":
+            asked = "\n\n".join(f"{i}: {self._ask(q, kind)}" for i, q in enumerate(questions, start=1))
+            draft, slots = self._draft(questions, kind)
+            work.append((asked, self._params(slots, len(draft), draft), slots))
+        else:
+            for question in questions:
+                slots = [self._slots(question, kind, 0)]
+                params = self._params(slots, max(LEAST_CANVAS, slots[0].width), None)
+                work.append((self._ask(question, kind), params, slots))
+        tasks = [asyncio.ensure_future(answered(i, text, params)) for i, (text, params, _) in enumerate(work)]
         try:
-            results = await asyncio.gather(*(answered(i, each[0], each[1]) for i, each in enumerate(work)))
+            results = await asyncio.gather(*tasks)
         except ValueError as error:  # what admission says of prompt and pictures
             raise StructuredDecisionError(str(error)) from error
+        finally:
+            for task in tasks:  # one that fails leaves none behind
+                task.cancel()
         return [
             _read(each, result, number == 0)
             for (_, _, slots), result in zip(work, results, strict=True)

@@ -1,8 +1,8 @@
 """`vllm-dvlm bench decisions`: decisions in one forward pass against generating the same answers.
 
 The demo model's questions about held-out pictures, over HTTP: generated one at a time, decided one at a time, decided
-several at once; and two questions about one picture read apart and jointly. Accuracy with its interval, calibration
-(expected calibration error, reliability plot), questions per second.
+several at once; and all questions about one picture in one request, read apart and jointly. Accuracy with its interval,
+calibration (expected calibration error, reliability plot), questions per second.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 from vllm_dvlm.bench import digit_questions as digits
 from vllm_dvlm.bench.common import Row, add_output_arguments, describe_run, progress, report
 from vllm_dvlm.bench.scale_plan import DEMO_KV_BYTES, num_gpus
-from vllm_dvlm.bench.scale_run import free_port, is_busy, running
+from vllm_dvlm.bench.scale_run import Engine, free_port, is_busy, running
 from vllm_dvlm.bench.scoring import is_match, wilson_interval
-from vllm_dvlm.bench.serving_load import MODEL_NAME, VLLM
+from vllm_dvlm.bench.serving_load import MODEL_NAME
 
 NUMBERS = [str(number) for number in range(10)]
 # Places have 144 names, more than a question has options, and are left out.
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint folder that knows the demo's questions (default: the demo model)")
     parser.add_argument("--num", type=int, default=1000, help="questions (default 1000)")
     parser.add_argument("--alone", type=int, default=200, help="of them timed one at a time (default 200)")
+    parser.add_argument("--pictures", type=int, default=100, help="with several questions about each (default 100)")
     parser.add_argument("--at-once", type=int, default=8, help="decisions at a time (default 8)")
     parser.add_argument("--canvas", type=int, default=8, help="canvas of generated answers (default 8)")
     parser.add_argument("--seed", type=int, default=0)
@@ -113,16 +114,26 @@ def questions(num: int, seed: int) -> list[Asked]:
     return found[:num]
 
 
-def pairs(num: int, seed: int) -> list[tuple[Asked, Asked]]:
-    """Two questions about one picture: the colour of a digit that occurs once, and how often it occurs."""
+def groups(num: int, seed: int) -> list[list[Asked]]:
+    """Several questions about each of `num` pictures: how often each digit occurs, and the colour of those that occur
+    once."""
+    import numpy as np
+
+    rng = np.random.default_rng((seed, 0xDEC1))
+    side = digits.GRID
+    scenes = digits.draw_scenes(rng, np.zeros(num, dtype=np.int64), side, side)
+    pixels = digits.join_cells(digits.paint(rng, scenes, side, side, digits.held_out_glyphs()))
     found = []
-    for each in digits.held_out(num * len(digits.KINDS), seed):
-        if each.kind == "colour":
-            digit = each.question.rstrip("?").split()[-1]
-            picture = _data_url(each.image)
-            first = Asked(picture, each.question, each.answer, "colour")
-            found.append((first, Asked(picture, f"how many {digit} are there?", "1", "count")))
-    return found[:num]
+    for place in range(num):
+        picture, shown = _data_url(pixels[place]), scenes.digits[place].tolist()
+        own = []
+        for digit in sorted(set(shown)):
+            own.append(Asked(picture, f"how many {digit} are there?", str(shown.count(digit)), "count"))
+            if shown.count(digit) == 1:
+                colour = list(digits.COLOURS)[scenes.colours[place, shown.index(digit)]]
+                own.append(Asked(picture, f"what colour is the {digit}?", colour, "colour"))
+        found.append(own)
+    return found
 
 
 def _data_url(pixels: Any) -> str:
@@ -170,22 +181,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and report. ValueError for arguments that cannot be met."""
     from vllm_dvlm.bench.question_job import model_of
 
-    if wrong := [name for name in ("num", "alone", "at_once", "canvas") if getattr(arguments, name) < 1]:
+    if wrong := [name for name in ("num", "alone", "pictures", "at_once", "canvas") if getattr(arguments, name) < 1]:
         raise ValueError(f"--{wrong[0].replace('_', '-')} must be at least 1")
     model, gpus, port = model_of(arguments.model), num_gpus(), free_port()
     options = list(arguments.rest)
     if not gpus and not any(word.startswith("--kv-cache-memory-bytes") for word in options):
         options += ["--kv-cache-memory-bytes", str(DEMO_KV_BYTES)]
-    command = [str(VLLM), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", MODEL_NAME, "--max-num-seqs", str(arguments.at_once), *options]
-    environment = {} if gpus else {"VLLM_CPU_OMP_THREADS_BIND": "0", "OMP_NUM_THREADS": "1"}
-    asked, two = questions(arguments.num, arguments.seed), pairs(arguments.num // 4 or 1, arguments.seed + 1)
+    engine = Engine(model, arguments.at_once, 1, bool(gpus), tuple(options))
+    asked, several = questions(arguments.num, arguments.seed), groups(arguments.pictures, arguments.seed)
     with (
         tempfile.TemporaryDirectory(prefix="vllm-dvlm-bench-") as folder,
-        running(command, port, Path(folder) / "server.log", 1, **environment),
+        running(engine.plain(port, 1), port, Path(folder) / "server.log", 1),
     ):
         busy = is_busy()
-        rows, figures, found = measure(Server(port), asked, two, arguments)
+        rows, figures, found = measure(Server(port), asked, several, arguments)
     about = {"busy": "yes" if busy else "no", "at_once": arguments.at_once, "canvas": arguments.canvas}
     description = describe_run("checkpoint", arguments.seed, **about)
     report(arguments, rows, figures, description, lambda axes: _draw(axes, *found))
@@ -193,14 +202,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(
-    server: Server, asked: Sequence[Asked], two: Sequence[tuple[Asked, Asked]], arguments: argparse.Namespace
+    server: Server, asked: Sequence[Asked], several: Sequence[Sequence[Asked]], arguments: argparse.Namespace
 ) -> tuple[list[Row], Row, tuple[float, list[tuple[float, float, int]]]]:
     """Rows, figures and the calibration of all decisions."""
     for each in asked[: arguments.at_once]:  # warms up
         server.generate(each, arguments.canvas)
         server.decide([each])
     alone = asked[: arguments.alone]
-    texts, generating = _timed(lambda: [server.generate(a, arguments.canvas) for a in progress(alone, "generate")])
+    _, generating = _timed(lambda: [server.generate(a, arguments.canvas) for a in progress(alone, "generate")])
     singly, deciding = _timed(lambda: [server.decide([a])[0] for a in progress(alone, "decide")])
     with concurrent.futures.ThreadPoolExecutor(arguments.at_once) as pool:
         decided, together = _timed(lambda: list(pool.map(lambda a: server.decide([a])[0], asked)))
@@ -213,12 +222,16 @@ def measure(
         _row("decided, one at a time", right, len(alone), deciding),
         _row(f"decided, {arguments.at_once} at a time", right, len(asked), together),
     ]
+    each_of = [question for group in several for question in group]
+    wanted = [question.answer for question in each_of]
+    texts, seconds = _timed(lambda: [server.generate(q, arguments.canvas) for q in progress(each_of, "generate")])
+    rightly = [is_match(text, [answer]) for text, answer in zip(texts, wanted, strict=True)]
+    rows.append(_row("several a picture: generated, one at a time", rightly, len(rightly), seconds))
     for reading in ("separate", "joint"):
-        both, seconds = _timed(lambda way=reading: [server.decide(pair, way) for pair in progress(two, way)])
-        found = [decision for pair in both for decision in pair]
-        wanted = [each.answer for pair in two for each in pair]
-        rightly = [d.answer == answer for d, answer in zip(found, wanted, strict=True)]
-        rows.append(_row(f"two questions, {reading}", rightly, len(rightly), seconds))
+        found, seconds = _timed(lambda way=reading: [server.decide(g, way) for g in progress(several, way)])
+        made = [decision.answer for group in found for decision in group]
+        rightly = [answer == own for answer, own in zip(made, wanted, strict=True)]
+        rows.append(_row(f"several a picture: decided, {reading}", rightly, len(rightly), seconds))
     by_kind = {kind: [r for r, a in zip(right, asked, strict=True) if a.kind == kind] for kind in OPTIONS}
     error, bins = calibration(decided, right)
     figures: Row = {
@@ -228,7 +241,10 @@ def measure(
         "C3_only_decided_right": sum(a and not b for a, b in zip(right, right_text, strict=True)),
         "C3_only_generated_right": sum(b and not a for a, b in zip(right, right_text, strict=True)),
         "C3_same_answer_one_at_a_time": sum(a == b for a, b in zip(singly, decided, strict=False)) / len(singly),
-        "C3_joint_right_minus_separate": rows[4]["right"] - rows[3]["right"],
+        "C3_several_times_generating": rows[4]["questions/s"] / rows[3]["questions/s"],
+        "C3_several_right_minus_generated": rows[4]["right"] - rows[3]["right"],
+        "C3_joint_times_separate": rows[5]["questions/s"] / rows[4]["questions/s"],
+        "C3_joint_right_minus_separate": rows[5]["right"] - rows[4]["right"],
         "expected_calibration_error": error,
     } | {f"right_{kind}": sum(each) / len(each) for kind, each in by_kind.items() if each}
     return rows, figures, (error, bins)
