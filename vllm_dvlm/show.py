@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 
+# Formats that show one step after another.
+MOVING = (".gif", ".webp")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     parser.add_argument("trace", type=Path, help="a trace file, <request id>.json")
     parser.add_argument("--image", type=Path, action="append", default=[], help="image file, one per image, in order")
     parser.add_argument("--model", help="checkpoint folder, to show token texts instead of ids")
-    parser.add_argument("--out", type=Path, help="PNG to write (default: the trace's name with .png)")
+    parser.add_argument("--out", type=Path, help="PNG, or moving .gif or .webp (default: the trace's name with .png)")
     parser.add_argument("--max-steps", type=int, default=32, help="canvas rows to draw; more steps are thinned out")
 
 
@@ -30,9 +33,24 @@ def run(args: argparse.Namespace) -> int:
     importance = np.load(archive)["importance"] if archive.exists() else None
     texts = _texts(trace, args.model)
     out = args.out or args.trace.with_suffix(".png")
+    if out.suffix in MOVING:
+        from vllm_dvlm.show_animation import write
+
+        _check_images(trace, args.image)
+        write(trace, args.image, texts, out, args.max_steps)
+        print(out)
+        return 0
     draw(trace, importance, args.image, texts, out, args.max_steps)
     print(out)
     return 0
+
+
+def _check_images(trace: dict[str, Any], image_files: list[Path]) -> list[dict[str, Any]]:
+    """The images that the trace describes; ValueError with the remedy if the files do not match them."""
+    images = [image for image in trace["images"] if image is not None]
+    if image_files and len(image_files) != len(images):
+        raise ValueError(f"the trace has {len(images)} image(s), --image names {len(image_files)}; name each once")
+    return images
 
 
 def token_maps(image: dict[str, Any], values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -95,9 +113,7 @@ def draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    images = [image for image in trace["images"] if image is not None]
-    if image_files and len(image_files) != len(images):
-        raise ValueError(f"the trace has {len(images)} image(s), --image names {len(image_files)}; name each once")
+    images = _check_images(trace, image_files)
     pruning = trace["pruning"]
     num_rows = max(1, len(images))
     figure = plt.figure(figsize=(15, 1 + 4.2 * num_rows), layout="constrained")

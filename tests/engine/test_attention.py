@@ -232,3 +232,28 @@ def test_hidden_states_of_a_request(engine, recorded_steps, checkpoint, monkeypa
         for position, token in zip(recorded["pos"], recorded["ids"], strict=True):
             canvas[position] = token
     assert kinds == {0, *(case.prompt_len + block for block in (0, 8, 16, 24))}
+
+
+@pytest.mark.parametrize(
+    "options, more",
+    [
+        ({}, 0),
+        ({"diffusion_refresh_interval": 8}, 0),
+        ({"prune_method": "redvtp", "prune_keep_ratio": 0.5}, 0),
+        ({"prune_method": "fastv", "prune_keep_ratio": 0.5}, 1),  # behind its layer the first step has shorter rows
+    ],
+    ids=["exact", "cached", "redvtp", "fastv"],
+)
+def test_metadata_is_built_once_a_step(engine, monkeypatch, options, more):
+    """Not once a layer."""
+    from vllm.v1.worker.gpu import attn_utils
+
+    build, prepare = attn_utils.build_attn_metadata, engine.model_state.prepare_attn
+    built, steps = [], []
+    monkeypatch.setattr(attn_utils, "build_attn_metadata", lambda *a, **k: (built.append(1), build(*a, **k))[1])
+    monkeypatch.setattr(engine.model_state, "prepare_attn", lambda *a, **k: (steps.append(1), prepare(*a, **k))[1])
+    prompt, params = request(IMAGE)
+    params.extra_args = params.extra_args | options
+    engine.use({"seed": 0})
+    engine.run({"one": (prompt, params)})
+    assert len(steps) >= 4 and len(built) == len(steps) + more

@@ -105,12 +105,16 @@ def test_bad_requests(server, asked, change, message):
     assert message in decide(server, body, 400)["error"]["message"]
 
 
-def test_options_with_too_many_tokens(server):
-    # A byte is a token of this model: 90 printable ones and those of letters beyond them.
-    letters = [chr(33 + i) for i in range(90)] + [chr(0x80 + i) for i in range(64)]
-    criteria = {"".join(letters[i::19]): None for i in range(19)}
-    body = {"questions": {"q": {"type": "choice", "instructions": "which?", "criteria": criteria}}} | WORDS
-    assert "different tokens; use at most 128" in decide(server, body, 400)["error"]["message"]
+def test_options_with_too_many_tokens():
+    from vllm.entrypoints.generate.structured_decisions.question_types import StructuredDecisionError
+
+    from vllm_dvlm.decisions import CanvasStrategy, Slots
+
+    strategy = object.__new__(CanvasStrategy)  # the bound needs no server
+    options = [[[number, number + 1]] for number in range(127)]
+    assert len(strategy._params([Slots(0, options)], 8, None).logprob_token_ids) == 128
+    with pytest.raises(StructuredDecisionError, match="129 different tokens; use at most 128"):
+        strategy._params([Slots(0, [*options, [[128]]])], 8, None)
 
 
 def test_bench_measures(server, asked):

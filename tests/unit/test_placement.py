@@ -322,7 +322,7 @@ def test_nearest_value_is_named():
         ({"diffusion_schedule_shift": 0.3}, "LLaDA-V has no other schedules; use 'uniform'"),
         ({"diffusion_step_ratio": 0.5}, "LLaDA-V has none; use diffusion_max_steps"),
         ({"diffusion_attention": "prefix"}, "LLaDA-V has only full"),
-        ({"diffusion_stream": "provisional"}, "only 'committed'"),
+        ({"diffusion_stream_every": 2}, "belongs to diffusion_stream 'provisional'"),
         ({"diffusion_trace": 1}, "trace_dir"),
         ({"prune_layer": 2}, "prune_layer belongs to prune_method 'fastv'"),
         ({"prune_method": "random", "prune_rows": "all"}, "prune_rows 'all' does not go with"),

@@ -234,13 +234,14 @@ def measure(
         rows.append(_row(f"several a picture: decided, {reading}", rightly, len(rightly), seconds))
     by_kind = {kind: [r for r, a in zip(right, asked, strict=True) if a.kind == kind] for kind in OPTIONS}
     error, bins = calibration(decided, right)
+    same = [a.answer == b.answer for a, b in zip(singly, decided, strict=False)]
     figures: Row = {
         "C3_times_generating": rows[2]["questions/s"] / rows[0]["questions/s"],
         "C3_times_generating_one_at_a_time": rows[1]["questions/s"] / rows[0]["questions/s"],
         "C3_right_minus_generated": rows[2]["right"] - rows[0]["right"],
         "C3_only_decided_right": sum(a and not b for a, b in zip(right, right_text, strict=True)),
         "C3_only_generated_right": sum(b and not a for a, b in zip(right, right_text, strict=True)),
-        "C3_same_answer_one_at_a_time": sum(a == b for a, b in zip(singly, decided, strict=False)) / len(singly),
+        "C3_same_answer_one_at_a_time": sum(same) / len(same),
         "C3_several_times_generating": rows[4]["questions/s"] / rows[3]["questions/s"],
         "C3_several_right_minus_generated": rows[4]["right"] - rows[3]["right"],
         "C3_joint_times_separate": rows[5]["questions/s"] / rows[4]["questions/s"],
