@@ -1,12 +1,15 @@
 """`vllm-dvlm size`: operations against the engine's own counts, tables, bad arguments. What it says of memory is held
 against a real engine in tests/engine/test_sizing.py."""
 
+from pathlib import Path
+
 import pytest
 
-from vllm_dvlm.cli import main
+from vllm_dvlm.cli import build_parser, main
 from vllm_dvlm.families import FAMILIES
 from vllm_dvlm.models.configuration import published_config
 from vllm_dvlm.sizing import arithmetic as sizes
+from vllm_dvlm.sizing import command
 from vllm_dvlm.terms import forward_flops
 
 NAMES = [family.published_name for family in FAMILIES.values()]
@@ -97,3 +100,16 @@ def test_bad_arguments_name_the_remedy(words, message, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["size", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readmes_table(name):
+    """What the README prints for 80 GiB is what the command says."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in readme.splitlines() if line.startswith(f"| {name} |") and "GiB" in line)
+    found = command.numbers(build_parser().parse_args(["size", name, "--gpu-gib", "80"]))
+    memory, picture = found["memory"][0], found["pictures"][-1]
+    counts = " / ".join(str(each["requests in flight"]) for each in found["in flight"])
+    cells = [name, f"{memory['weights GiB']:g} GiB", f"{memory['KV KiB/token']:g} KiB"]
+    cells += [f"{picture['visual tokens']:,} tokens", counts]
+    assert row == f"| {' | '.join(cells)} |"

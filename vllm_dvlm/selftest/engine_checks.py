@@ -165,6 +165,7 @@ class Host:
         """Attention to visual tokens, as pruning scores it, against its twin in float64."""
         import torch
 
+        from vllm_dvlm.models import whole_attention
         from vllm_dvlm.models.probe import attention_to_columns, attention_to_columns_reference
 
         device = self.runner.device
@@ -182,9 +183,36 @@ class Host:
             attention_to_columns(query.to(device), key.to(device), size**-0.5, places.to(device), out)
             worst = max(worst, float(((out.cpu() - expected).abs() / expected).max()))
         detail = f"{len(shapes)} shapes on {device.type}, {self.dtype_name}: off by {worst:.1e} of each number"
+        whole = self.model.model.layers[0].self_attn.attend_whole
+        used = "a second pass over the keys"
+        if whole is not None and whole_attention.sums_are_worth_it(whole):
+            used = "the attention"
+        detail += f"; denominators used: {used}; from attention: {self._other_denominators(shapes[2])}"
         if not worst < 2e-3:
             return FAIL, detail, "pruning would keep other tokens here; " + REPORT
         return PASS, detail, ""
+
+    def _other_denominators(self, shape: tuple[int, ...]) -> str:
+        """What scoring would be off by with the log-sum-exp of each attention that has one here."""
+        import torch
+
+        from vllm_dvlm.bench import scoring_kernels
+        from vllm_dvlm.models.probe import attention_to_columns, attention_to_columns_reference
+
+        rows, tokens, heads, kv_heads, size, visual = shape
+        device, found = self.runner.device.type, []
+        x = scoring_kernels.make((tokens, visual, heads, kv_heads, size), rows, device, 0)
+        query = x.q[-rows:]
+        expected = attention_to_columns_reference(query.cpu(), x.k.cpu(), x.scale, x.columns.cpu())
+        for name, attention in scoring_kernels.attentions(device).items():
+            try:
+                lse = attention(x, True)[1][-rows:]
+                out = torch.zeros(rows, visual, device=device)
+                attention_to_columns(query, x.k, x.scale, x.columns, out, lse)
+                found.append(f"{name} off by {float(((out.cpu() - expected).abs() / expected).max()):.1e}")
+            except (ImportError, ValueError, RuntimeError, NotImplementedError):
+                found.append(f"{name} not here")
+        return ", ".join(found)
 
     def compaction(self) -> tuple[str, str, str]:
         """Kept KV rows moved together, in the cache's real memory order: the same memory as if written there."""
