@@ -120,10 +120,10 @@ def test_random_confidence_is_apart_from_the_words_noise():
     assert drawn.dtype == torch.float64 and bool(((drawn > 0) & (drawn < 1)).all())
 
 
-@given(rows=rows, num_parts=st.integers(1, 5))
+@given(rows=rows, num_parts=st.integers(1, NUM_WORDS))
 def test_parts_of_a_vocabulary(rows, num_parts):
     """Whatever the cut, also one with parts in which every token is forbidden."""
-    logits = c.forbid(torch.tensor(rows), torch.tensor([0]))
+    logits = c.forbid(torch.tensor(rows), torch.tensor([0, 1]))
     expected_tokens, expected = c.greedy_low_confidence(logits.clone())
     found, first = [], 0
     for part in logits.tensor_split(num_parts, dim=1):
