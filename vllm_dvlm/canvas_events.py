@@ -9,21 +9,19 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreOutputs
-
     from vllm_dvlm.request import DiffusionRequest
 
 KEY = "dvlm_canvas"
 
 
-def canvas_events(request: DiffusionRequest, view: dict[str, Any] | None, mask_token_id: int) -> dict[str, Any] | None:
-    """What the stream of a request shows after a step that did not end it; None if nothing.
+def canvas_events(request: DiffusionRequest, view: dict[str, Any] | None, mask_token_id: int) -> dict[str, Any]:
+    """What the stream of a request shows after a step that did not end it; empty if nothing.
 
     view: what the worker sent of it (``CanvasViews.tolists``). Numbers and ids; text is made in the front end. What was
-    pruned stands in every event from then on, since a slow reader sees the newest one only.
+    pruned stands in every event from then on and in the last output, since a slow reader sees the newest one only.
     """
     view = view or {}
     found: dict[str, Any] = {}
@@ -51,13 +49,21 @@ def canvas_events(request: DiffusionRequest, view: dict[str, Any] | None, mask_t
             "nfe": request.report["denoise_steps"],
             "time": time.time(),
         }
-    return found if "snapshot" in found or "pruned" in view else None
+    return found
 
 
-def attach(outputs: EngineCoreOutputs, req_id: str, shown: dict[str, Any]) -> None:
-    """Put it on the step's output of the request; on one of its own where the step emits no token."""
-    for output in outputs.outputs:
-        if output.request_id == req_id:
+def attach(
+    outputs: dict[int, EngineCoreOutputs], request: DiffusionRequest, shown: dict[str, Any], is_new: bool
+) -> None:
+    """Put it on the step's output of the request; on one of its own where the step emits no token, if it is new.
+
+    outputs: of the step, by client.
+    """
+    own = outputs.get(request.client_index)
+    for output in own.outputs if own is not None else ():
+        if output.request_id == request.request_id:
             output.kv_transfer_params = (output.kv_transfer_params or {}) | {KEY: shown}
             return
-    outputs.outputs.append(EngineCoreOutput(req_id, [], kv_transfer_params={KEY: shown}))
+    if is_new:
+        alone = EngineCoreOutput(request.request_id, [], kv_transfer_params={KEY: shown})
+        outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(alone)

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dvlm.canvas_events import KEY as CANVAS_KEY
 from vllm_dvlm.canvas_events import attach, canvas_events
 from vllm_dvlm.counters import COUNTERS
 from vllm_dvlm.kv.groups import set_removed
@@ -252,9 +253,9 @@ class DiffusionScheduler(Scheduler):
             request.num_computed_tokens = request.step.query_start
             request.needs_encoder = request.restarts = False
             if request.shows_canvas:
-                shown = canvas_events(request, (views or {}).get(index), self.hf_config.mask_token_id)
-                if shown:
-                    attach(outputs.setdefault(request.client_index, EngineCoreOutputs()), req_id, shown)
+                view = (views or {}).get(index)
+                if shown := canvas_events(request, view, self.hf_config.mask_token_id):
+                    attach(outputs, request, shown, is_new=view is not None)
         return outputs
 
     def _restart(self, request: DiffusionRequest) -> None:
@@ -305,7 +306,8 @@ class DiffusionScheduler(Scheduler):
         if request.report["denoise_steps"]:
             self._count_for_clients(request)  # the step that commits
         super()._free_request(request, *args, **kwargs)
-        return {"dvlm": request.report}, None
+        pruned = {} if request.pruned_event is None else {CANVAS_KEY: {"pruned": request.pruned_event}}
+        return {"dvlm": request.report} | pruned, None
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any

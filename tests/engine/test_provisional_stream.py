@@ -53,6 +53,21 @@ def streamed(server, request, path="/v1/chat/completions", **options):
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
+def every_shown(server, request, steps, path="/v1/chat/completions", **options):
+    """Chunks of a stream that shows these steps, and these steps.
+
+    Asked again where the server was too busy to show each: vLLM merges what waits, and the newest canvas stays.
+    """
+    for _ in range(20):
+        chunks = streamed(server, request, path, diffusion_stream="provisional", **options)
+        shown = events(chunks, "snapshot")
+        found = [event["step"] for event in shown]
+        assert set(found) <= set(steps) and found == sorted(set(found))
+        if found == list(steps):
+            return chunks, shown
+    raise AssertionError(f"steps {found} of {list(steps)} shown")
+
+
 def content(chunks):
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     return "".join(choice.get("text", choice.get("delta", {}).get("content")) or "" for choice in choices)
@@ -73,11 +88,9 @@ def answer(server, request, **options):
 def test_snapshots(server, chats):
     """One for each step but the last; positions only ever get written; what is committed is in no snapshot any more."""
     plain = answer(server, chats[0])
-    chunks = streamed(server, chats[0], diffusion_stream="provisional")
+    chunks, shown = every_shown(server, chats[0], range(1, plain["kv_transfer_params"]["dvlm"]["denoise_steps"]))
     assert content(chunks) == plain["choices"][0]["message"]["content"]
-    shown = events(chunks, "snapshot")
-    steps = plain["kv_transfer_params"]["dvlm"]["denoise_steps"]
-    assert [event["step"] for event in shown] == [event["nfe"] for event in shown] == list(range(1, steps))
+    assert all(event["step"] == event["nfe"] for event in shown)
     assert {event["total_steps"] for event in shown} == {CANVAS} and {event["block"] for event in shown} == {0}
     cells = [None] * CANVAS
     for event in shown:
@@ -127,8 +140,7 @@ def test_pruning_is_told_once(server, chats):
 
 
 def test_every_nth_step(server, chats):
-    shown = events(streamed(server, chats[0], diffusion_stream="provisional", diffusion_stream_every=5), "snapshot")
-    assert [event["step"] for event in shown] == [step for step in range(1, CANVAS) if step % 5 == 1]
+    every_shown(server, chats[0], range(1, CANVAS, 5), diffusion_stream_every=5)
 
 
 @pytest.mark.parametrize("place", ["body", "options"])
@@ -144,9 +156,7 @@ def test_names_of_other_servers(server, chats, names, shows, place):
 
 def test_completions(server):
     request = {"model": MODEL, "prompt": "what is it?", "max_tokens": 12, "temperature": 0}
-    chunks = streamed(server, request, "/v1/completions", diffusion_stream="provisional")
-    shown = events(chunks, "snapshot")
-    assert [event["step"] for event in shown] == list(range(1, 12))
+    chunks, _ = every_shown(server, request, range(1, 12), "/v1/completions")
     assert {chunk["id"] for chunk in chunks} == {chunks[-1]["id"]} and {chunk["model"] for chunk in chunks} == {MODEL}
     plain = server.http.post("/v1/completions", json=request).json()
     assert content(chunks) == plain["choices"][0]["text"]

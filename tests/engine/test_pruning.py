@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from vllm.sampling_params import RequestOutputKind
 
 from tests.engine import pruned_reference
 from tests.engine.pruned_checks import (
@@ -37,6 +38,17 @@ def check_dense(engine, reference, options, case=BASE, **more):
     output = engine.run({"alone": request(case, **options)}, on_step=conserved(engine))["alone"]
     assert_as_dense(engine, "alone", output, dense)
     return dense
+
+
+def test_the_last_output_tells_what_a_stream_lost(engine):
+    """A front end that is behind merges outputs, and of what they carry the last one's stays."""
+    options = {"prune_method": "redvtp", "prune_keep_ratio": 0.25, "diffusion_stream": "provisional"}
+    prompt, params = request(BASE, **CANVAS, **options)
+    params.output_kind = RequestOutputKind.CUMULATIVE
+    carried = engine.run_one(prompt, params).kv_transfer_params
+    report, pruned = carried["dvlm"], carried["dvlm_canvas"]["pruned"]
+    assert pruned["visual_tokens"] == [report["visual_tokens_before"], report["visual_tokens_after"]]
+    assert len(pruned["kept"]) == report["visual_tokens_after"]
 
 
 # -- recorded runs ---------------------------------------------------------------------------------------------
