@@ -55,7 +55,7 @@ test-gpu: venv
 	$(BIN)/python -m pytest -m gpu
 
 demo: venv
-	$(BIN)/python examples/demo.py
+	$(BIN)/vllm-dvlm demo
 
 lint: venv
 	$(BIN)/python -m ruff check .

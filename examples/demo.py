@@ -1,10 +1,10 @@
 """Serve the demo model, ask real questions about pictures through the OpenAI client, show what pruning gave back.
 
-    python examples/demo.py [--model FOLDER] [--out FOLDER] [--questions N]
+    vllm-dvlm demo [--model FOLDER] [--out FOLDER] [--questions N]
 
-The demo models (examples/demo_model, a LLaDA-V, and examples/demo_lavida, see examples/train_demo) answer questions
-about coloured handwritten digits; the questions here are about digits that they never saw. LaViDa is asked the last
-one. With --model another checkpoint is asked about a photo.
+The demo models (examples/demo_model, a LLaDA-V, and examples/demo_lavida, see examples/train_demo; both are part of the
+package) answer questions about coloured handwritten digits; the questions here are about digits that they never saw.
+LaViDa is asked the last one. With --model another checkpoint is asked about a photo.
 """
 
 import argparse
@@ -53,8 +53,8 @@ class Item:
 
 
 @dataclass
-class Way:
-    """One way of decoding, and the sums over its questions."""
+class Recipe:
+    """A recipe, and the sums over its questions."""
 
     name: str
     options: dict
@@ -63,13 +63,13 @@ class Way:
     blocks: list[str] = field(default_factory=list)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo; exits with an error if a server does not come up or a reply is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="vllm-dvlm demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
     parser.add_argument("--questions", type=int, default=10)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     is_demo = args.model.resolve() == DEMO_MODEL
     items = digit_items(args.questions + 1) if is_demo else [photo_item()]
@@ -77,15 +77,15 @@ def main() -> None:
         item.path = args.out / f"{item.name}.png"
         item.image.save(item.path)
     canvas = 8 if is_demo else 32
-    ways = [
-        Way("exact", {}),
-        Way("cached", {"diffusion_refresh_interval": canvas, "diffusion_threshold": 1.0}),
-        Way("pruned", PRUNED),
+    recipes = [
+        Recipe("exact", {}),
+        Recipe("cached", {"diffusion_refresh_interval": canvas, "diffusion_threshold": 1.0}),
+        Recipe("pruned", PRUNED),
     ]
     own = items[: args.questions]
     with serve(args.model, args.out, [] if is_demo else ["--max-model-len", "8192"]) as url:
-        client = ask_all_ways(url, args.model, own, ways, canvas, args.out)
-        print_answers(own, ways)
+        client = ask_all_recipes(url, args.model, own, recipes, canvas, args.out)
+        print_answers(own, recipes)
         stream(client, items[0], str(args.model), canvas)
         if is_demo:
             watch(client, items[0], str(args.model), canvas)
@@ -94,10 +94,10 @@ def main() -> None:
         print_metrics(url)
     if is_demo:
         # LaViDa computes its prompt once, whatever the options.
-        ways = [Way("prefix", {}), Way("pruned", PRUNED)]
+        recipes = [Recipe("prefix", {}), Recipe("pruned", PRUNED)]
         with serve(DEMO_LAVIDA, args.out) as url:
-            ask_all_ways(url, DEMO_LAVIDA, items[-1:], ways, canvas, args.out)
-            print_answers(items[-1:], ways)
+            ask_all_recipes(url, DEMO_LAVIDA, items[-1:], recipes, canvas, args.out)
+            print_answers(items[-1:], recipes)
 
 
 @contextmanager
@@ -121,13 +121,13 @@ def serve(model: Path, out: Path, more: Sequence[str] = ()) -> Iterator[str]:
             server.wait(60)
 
 
-def ask_all_ways(url: str, model: Path, items: list[Item], ways: list[Way], canvas: int, out: Path) -> OpenAI:
-    """Every question in every way; the client, for more."""
+def ask_all_recipes(url: str, model: Path, items: list[Item], recipes: list[Recipe], canvas: int, out: Path) -> OpenAI:
+    """Every question in every recipe; the client, for more."""
     client = OpenAI(base_url=url + "/v1", api_key="none")
     ask(client, items[0], str(model), {"diffusion_canvas_length": canvas})  # warms up
-    for way in ways:
+    for recipe in recipes:
         for item in items:
-            ask_one_way(client, item, way, str(model), {"diffusion_canvas_length": canvas, "diffusion_trace": 1}, out)
+            ask_with(client, item, recipe, str(model), {"diffusion_canvas_length": canvas, "diffusion_trace": 1}, out)
     return client
 
 
@@ -176,39 +176,38 @@ def ask(client: OpenAI, item: Item, model: str, options: dict, **more):
     )
 
 
-def ask_one_way(client: OpenAI, item: Item, way: Way, model: str, common: dict, out: Path) -> None:
+def ask_with(client: OpenAI, item: Item, recipe: Recipe, model: str, common: dict, out: Path) -> None:
     """Ask, note reply and figures; draw what was pruned."""
     start = time.perf_counter()
-    reply = ask(client, item, model, common | way.options)
-    way.seconds += time.perf_counter() - start
-    item.replies[way.name] = reply.choices[0].message.content
+    reply = ask(client, item, model, common | recipe.options)
+    recipe.seconds += time.perf_counter() - start
+    item.replies[recipe.name] = reply.choices[0].message.content
     report = reply.model_extra["kv_transfer_params"]["dvlm"]
-    way.flops += report["flops"]
+    recipe.flops += report["flops"]
     if "kv_blocks_before" in report:
-        way.blocks.append(f"{report['kv_blocks_before']} → {report['kv_blocks_after']}")
-        picture = out / f"{item.name}_{way.name}.png"
+        recipe.blocks.append(f"{report['kv_blocks_before']} → {report['kv_blocks_after']}")
+        picture = out / f"{item.name}_{recipe.name}.png"
         command = [sys.executable, "-m", "vllm_dvlm.cli", "show", str(out / "traces" / f"{reply.id}.json")]
         subprocess.run([*command, "--image", str(item.path), "--model", model, "--out", str(picture)], check=True)
 
 
-def print_answers(items: list[Item], ways: list[Way]) -> None:
-    """Questions with the expected answer and all replies, then what each way cost."""
+def print_answers(items: list[Item], recipes: list[Recipe]) -> None:
+    """Questions with the expected answer and all replies, then what each recipe cost."""
     for item in items:
         print(f"\nQ: {item.question}   ({item.path})")
         if item.answer is not None:
             print(f"   expected      {item.answer}")
-        for way in ways:
-            mark = "" if item.answer is None else "  ✓" if item.replies[way.name].strip() == item.answer else "  ✗"
-            print(f"   {way.name:<13} {item.replies[way.name]!r}{mark}")
-    print(f"\n{'way':<8} {'right':>6} {'s/question':>11} {'GFLOP':>8}  {'KV blocks':<10} options")
+        for recipe in recipes:
+            mark = "" if item.answer is None else "  ✓" if item.replies[recipe.name].strip() == item.answer else "  ✗"
+            print(f"   {recipe.name:<13} {item.replies[recipe.name]!r}{mark}")
+    print(f"\n{'recipe':<8} {'right':>6} {'s/question':>11} {'GFLOP':>8}  {'KV blocks':<10} options")
     known = [item for item in items if item.answer is not None]
-    for way in ways:
-        right = sum(item.replies[way.name].strip() == item.answer for item in known)
+    for recipe in recipes:
+        right = sum(item.replies[recipe.name].strip() == item.answer for item in known)
         score = f"{right}/{len(known)}" if known else "-"
-        figures = f"{way.seconds / len(items):>11.3f} {way.flops / 1e9:>8.2f}"
-        print(
-            f"{way.name:<8} {score:>6} {figures}  {way.blocks[0] if way.blocks else '-':<10} {json.dumps(way.options)}"
-        )
+        figures = f"{recipe.seconds / len(items):>11.3f} {recipe.flops / 1e9:>8.2f}"
+        blocks = recipe.blocks[0] if recipe.blocks else "-"
+        print(f"{recipe.name:<8} {score:>6} {figures}  {blocks:<10} {json.dumps(recipe.options)}")
 
 
 def stream(client: OpenAI, item: Item, model: str, canvas: int) -> None:

@@ -86,10 +86,20 @@ def build_parser() -> argparse.ArgumentParser:
     sizing.add_arguments(sizes)
     sizes.set_defaults(run=sizing.run)
 
+    # Its own parser reads the rest: it imports much.
+    demo = commands.add_parser("demo", add_help=False, help="serve two small models and ask them about pictures")
+    demo.set_defaults(run=_run_demo, takes_more=True)
+
     picture = commands.add_parser("show", help="draw a trace: dropped patches, importance, the canvas filling up")
     show.add_arguments(picture)
     picture.set_defaults(run=show.run)
     return parser
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from vllm_dvlm.examples import demo
+
+    demo.main(arguments.rest)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from packaging.utils import canonicalize_name
 from tests.engine.run_cases import ONE_PROCESS, assert_recorded, run
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ("vllm_dvlm", "patches", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("vllm_dvlm", "patches", "examples", "pyproject.toml", "README.md", "LICENSE")
+CARDS = ("before_robustness", "README.md", "loss.png")  # of the demo models: for readers of the sources
 OWN = ("vllm_dvlm", "__editable__")
 
 
@@ -32,8 +34,8 @@ def call(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def build_wheel(folder: Path) -> Path:
-    """The wheel, built from a copy: setuptools writes beside its sources."""
+def build_wheel(folder: Path) -> tuple[Path, str]:
+    """The wheel, built from a copy (setuptools writes beside its sources), and what was said."""
     source = folder / "source"
     source.mkdir()
     for name in SHIPPED:
@@ -42,17 +44,22 @@ def build_wheel(folder: Path) -> Path:
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, source)
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet")
-    call(*pip, "--wheel-dir", folder, ".", cwd=source)
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--verbose")
+    said = call(*pip, "--wheel-dir", folder, ".", cwd=source)
     (wheel,) = folder.glob("*.whl")
-    return wheel
+    return wheel, said
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Path:
+def built(tmp_path_factory) -> tuple[Path, str]:
+    return build_wheel(tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory, built) -> Path:
     """Python of the fresh environment."""
     folder = tmp_path_factory.mktemp("installed")
-    wheel = build_wheel(folder)
+    wheel, _ = built
     environment, links = folder / "environment", folder / "links"
     call(sys.executable, "-m", "venv", "--without-pip", environment, cwd=folder)
     links.mkdir()
@@ -67,6 +74,22 @@ def python(tmp_path_factory) -> Path:
     pip = (sys.executable, "-m", "pip", "--python", fresh, "install", "--quiet", "--no-index", "--no-deps")
     call(*pip, "--disable-pip-version-check", wheel, cwd=folder)
     return fresh
+
+
+def test_everything_is_in_it_and_the_build_warns_of_nothing(built):
+    """setuptools names folders with data that nobody has listed, and will leave them out one day."""
+    wheel, said = built
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_dvlm").rglob("*") if path.suffix != ".pyc"}
+    for folder, kinds in (("patches", "*.py"), ("examples/demo_model", "*"), ("examples/demo_lavida", "*")):
+        wanted |= {f"vllm_dvlm/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob(kinds)}
+    wanted = {name for name in wanted if not set(Path(name).parts[1:]) & {"__pycache__", *CARDS} and "." in name}
+    wanted.add("vllm_dvlm/README.md")
+    assert not {name for name in wanted if name not in names and not (ROOT / name).is_dir()}
+    assert "adding 'vllm_dvlm/cli.py'" in said
+    for words in ("absent from the `packages`", "would be ignored", "would be added as data"):
+        assert words not in said
 
 
 def test_the_extra_is_what_is_installed(python, tmp_path):
@@ -86,6 +109,7 @@ def test_what_is_imported_is_the_wheel(python, tmp_path):
     for path in call(python, "-c", code, cwd=tmp_path).split():
         assert Path(path).is_relative_to(python.parents[1]), path
     assert "bench" in call(python.parent / "vllm-dvlm", "--help", cwd=tmp_path)
+    assert "--questions" in call(python.parent / "vllm-dvlm", "demo", "--help", cwd=tmp_path)
 
 
 def test_a_folder_is_served_with_no_flag(python, checkpoint, tmp_path):

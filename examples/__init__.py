@@ -1,0 +1,1 @@
+"""Programs to start from, and two small models that answer questions; in the package as `vllm_dvlm.examples`."""
