@@ -133,7 +133,7 @@ def ask_all_recipes(url: str, model: Path, items: list[Item], recipes: list[Reci
 
 def digit_items(num: int) -> list[Item]:
     """Questions about digits that the demo model was not trained on."""
-    from vllm_dvlm.bench.digit_questions import held_out
+    from vllm_dvlm.synthetic.digit_questions import held_out
 
     asked = held_out(num, seed=2026)
     return [Item(f"{i}_{q.kind}", Image.fromarray(q.image), q.question, q.answer) for i, q in enumerate(asked, 1)]

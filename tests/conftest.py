@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """``checkpoint(seed=0, ...)``: folder of the tiny golden checkpoint with these build arguments, built once."""
-    from vllm_dvlm.selftest import tiny_checkpoint
+    from vllm_dvlm.synthetic import tiny_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
 
@@ -94,10 +94,10 @@ def no_engine():
 
 @pytest.fixture(scope="session")
 def reference(checkpoint):
-    """``reference(seed=0, ...)``: the dense model of that checkpoint, in float32 (vllm_dvlm.bench.reference)."""
+    """``reference(seed=0, ...)``: the dense model of that checkpoint, in float32 (vllm_dvlm.reference)."""
     import functools
 
-    from vllm_dvlm.bench.reference.model import ReferenceModel
+    from vllm_dvlm.reference.model import ReferenceModel
 
     @functools.lru_cache(maxsize=3)
     def load(build_args):

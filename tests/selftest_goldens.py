@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from tests.golden import cases, lavida_cases
-from vllm_dvlm.bench.lavida_files import DREAM
+from vllm_dvlm.synthetic.lavida_files import DREAM
 
 FOLDER = Path(__file__).parents[1] / "vllm_dvlm" / "selftest"
 EOT_ID = 126348

@@ -31,10 +31,10 @@ def register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.platforms import current_platform
 
+    from vllm_dvlm.checkpoint.configuration import checkpoint_config
+    from vllm_dvlm.checkpoint.dream_tokenizer import register_tokenizer
+    from vllm_dvlm.checkpoint.renderer import register_renderer
     from vllm_dvlm.config import VerifyConfig
-    from vllm_dvlm.models.configuration import checkpoint_config
-    from vllm_dvlm.models.dream_tokenizer import register_tokenizer
-    from vllm_dvlm.models.renderer import register_renderer
     from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels, p002_validate_request
 
     upstream.check(p002_validate_request.PATCHES)

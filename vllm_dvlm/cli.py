@@ -58,8 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     scale.add_arguments(sub)
     sub.set_defaults(run=scale.run, takes_more=True)
 
-    from vllm_dvlm import serve_command, show
-    from vllm_dvlm.batch import command as batch
+    from vllm_dvlm.tools import batch_command as batch
+    from vllm_dvlm.tools import serve_command as serve_command
+    from vllm_dvlm.tools import show
 
     answers = commands.add_parser(
         "batch", allow_abbrev=False, help="answer a file of questions, on one engine or on replicas by Ray"
@@ -72,14 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
     serve_command.add_arguments(replicas)
     replicas.set_defaults(run=serve_command.run, takes_more=True)
 
-    from vllm_dvlm.selftest import command as selftest
+    from vllm_dvlm.tools.selftest import command as selftest
 
     text = "whether everything works on this host and device: recorded runs, attention, KV pages, kernels"
     check = commands.add_parser("selftest", help=text)
     selftest.add_arguments(check)
     check.set_defaults(run=selftest.run)
 
-    from vllm_dvlm.sizing import command as sizing
+    from vllm_dvlm.tools.sizing import command as sizing
 
     text = "weights, KV, requests in flight, FLOPs and a roofline of a checkpoint on a GPU; arithmetic"
     sizes = commands.add_parser("size", help=text)

@@ -61,8 +61,8 @@ class VerifyConfig(VerifyAndUpdateConfig):
         """Ids, renderer and default sampling parameters."""
         from vllm.tokenizers import cached_tokenizer_from_config
 
-        from vllm_dvlm.models.configuration import resolve_token_ids
-        from vllm_dvlm.models.renderer import configure_model
+        from vllm_dvlm.checkpoint.configuration import resolve_token_ids
+        from vllm_dvlm.checkpoint.renderer import configure_model
 
         _refuse_model_settings(model_config)
         configure_model(model_config)

@@ -17,7 +17,7 @@ from vllm_dvlm.options import OWN_KEYS, VLLM_EXTRA_ARGS, DenoiseParams, parse
 from vllm_dvlm.pruning.names import AT_LAYER
 from vllm_dvlm.refusals import refuse_unsupported
 from vllm_dvlm.settings import ServerSettings
-from vllm_dvlm.terms import Plan, pruned_prompt_len, round_up, steps_on_grid, steps_per_block
+from vllm_dvlm.steps import Plan, pruned_prompt_len, round_up, steps_on_grid, steps_per_block
 
 # A position of a draft that is to be filled.
 MASKED = -1
@@ -76,7 +76,7 @@ def draft_tokens(
 class ResolvedParams:
     """Settings of one request after every default is filled in; what scheduler and worker compute with.
 
-    caches_prompt, row_offset: see ``terms.Plan``. grid_steps: intervals of the time grid that counts are read from, of
+    caches_prompt, row_offset: see ``steps.Plan``. grid_steps: intervals of the time grid that counts are read from, of
     families that follow one. top_k: likeliest tokens among which confidence is measured; None: all.
     max_new_tokens: output tokens after which the request ends; the suffix does not count against
     ``max_tokens``.
@@ -124,7 +124,7 @@ class ResolvedParams:
         return self.canvas_len // self.block_len
 
     def plan(self, prompt_len: int) -> Plan:
-        """The course of the request, for ``terms.advance``. prompt_len: in tokens."""
+        """The course of the request, for ``steps.advance``. prompt_len: in tokens."""
         steps = None
         if self.options.diffusion_threshold is None:
             # Steps beyond one per position unmask nothing and would repeat the same forward pass.
@@ -157,7 +157,7 @@ class ResolvedParams:
 
     @property
     def first_token_from_prompt(self) -> bool:
-        """See ``terms.Plan``."""
+        """See ``steps.Plan``."""
         is_open = not self.texts.draft or self.texts.draft[0] == MASKED
         return self.caches_prompt and self.row_offset > 0 and is_open
 

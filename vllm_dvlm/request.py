@@ -1,7 +1,7 @@
 """A request that is denoised as a whole.
 
 vLLM's scheduler lets every request catch up from ``num_computed_tokens`` to ``num_tokens_with_spec``. A denoising
-step computes a range of the sequence, ``terms.step_at``, and this subclass says where that range ends.
+step computes a range of the sequence, ``steps.step_at``, and this subclass says where that range ends.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_dvlm.terms import Plan, Position, Step, restart_position, step_at
+from vllm_dvlm.steps import Plan, Position, Step, restart_position, step_at
 
 
 class DiffusionRequest(Request):
@@ -38,7 +38,7 @@ class DiffusionRequest(Request):
     def start(self, plan: Plan, pruned_plan: Plan | None = None, prune_layers: int | None = None) -> None:
         """Attach the course of the request, before and after pruning; called once, before the request is queued.
 
-        ``report`` is what the reply tells about the request. prune_layers: see ``terms.step_flops``. ``step`` is what
+        ``report`` is what the reply tells about the request. prune_layers: see ``steps.step_flops``. ``step`` is what
         the next denoising step computes.
         """
         self.plan = self.whole_plan = plan

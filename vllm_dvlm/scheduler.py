@@ -27,7 +27,7 @@ from vllm_dvlm.options import PLACED_KEY, RESUME_KEY
 from vllm_dvlm.placement import check_lengths, place, read
 from vllm_dvlm.request import DiffusionRequest
 from vllm_dvlm.settings import ServerSettings
-from vllm_dvlm.terms import LOST, Plan, Resume, advance, step_flops
+from vllm_dvlm.steps import LOST, Plan, Resume, advance, step_flops
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -16,7 +16,7 @@ from typing import Any
 from vllm_dvlm.sampling_parameters import SAMPLING_PARAMETERS, Refused, asks_for_nothing
 
 SCHEDULER = "vllm_dvlm.scheduler.DiffusionScheduler"
-VALIDATOR_PREFIX = "vllm_dvlm.admission:Options_"
+VALIDATOR_PREFIX = "vllm_dvlm.serving.admission:Options_"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import vocabulary as words
 
-from vllm_dvlm.bench import digit_questions as questions
+from vllm_dvlm.synthetic import digit_questions as questions
 
 # More of what takes longer to learn: colour, digit, where, beside, count.
 _KIND_SHARES = (0.17, 0.17, 0.18, 0.22, 0.26)

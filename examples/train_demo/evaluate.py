@@ -13,7 +13,7 @@ import vocabulary as words
 from losses import pixels
 from model import DiffusionVLM
 
-from vllm_dvlm.bench import digit_questions as questions
+from vllm_dvlm.synthetic import digit_questions as questions
 
 CANVAS = 8
 _CHUNK = 50  # questions per forward pass

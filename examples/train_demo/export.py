@@ -9,9 +9,9 @@ from evaluate import wilson
 from model import DiffusionVLM, Shape
 from safetensors.torch import save_file
 
-from vllm_dvlm.bench import lavida_files
-from vllm_dvlm.bench.checkpoint_files import Sizes, llava_config, vision_config, write_json
 from vllm_dvlm.families.lavida import LAVIDA_LLADA
+from vllm_dvlm.synthetic import lavida_files
+from vllm_dvlm.synthetic.checkpoint_files import Sizes, llava_config, vision_config, write_json
 
 TOWER_FOLDER = "siglip-tiny-patch{patch}-{tile}"
 MAX_LENGTH = 2048

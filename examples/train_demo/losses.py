@@ -12,7 +12,7 @@ from data import NONE, Batch
 from model import DiffusionVLM
 from torch import nn
 
-from vllm_dvlm.bench.digit_questions import COLOURS
+from vllm_dvlm.synthetic.digit_questions import COLOURS
 
 # Most canvas places hold the end token, which is learnt at once.
 _END_WEIGHT = 0.1

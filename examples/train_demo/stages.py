@@ -16,7 +16,7 @@ from losses import Probes, Thinning, answer_loss, tower_losses
 from model import DiffusionVLM
 from tqdm import tqdm
 
-from vllm_dvlm.bench.digit_questions import Glyphs
+from vllm_dvlm.synthetic.digit_questions import Glyphs
 
 _SAVE_EVERY_S = 60
 

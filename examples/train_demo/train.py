@@ -20,7 +20,7 @@ from model import DiffusionVLM, Shape
 from recipes import LAST_PLAIN, RECIPES, WHAT, shortened
 from stages import Run, Stage, attention_in_float32, build_optimisers, run_stages
 
-from vllm_dvlm.bench import digit_questions as questions
+from vllm_dvlm.synthetic import digit_questions as questions
 
 STATE = "training_state.pt"
 

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from vllm_dvlm.bench.digit_questions import ORDINALS
+from vllm_dvlm.synthetic.digit_questions import ORDINALS
 
 SPECIAL = (
     "<|unk|>",

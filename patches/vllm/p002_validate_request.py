@@ -38,7 +38,7 @@ class Checks:
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: Any) -> None:
         """``admission.validate_request``; InvalidRequest becomes HTTP 400. Other models' requests pass."""
-        from vllm_dvlm import admission
+        from vllm_dvlm.serving import admission
 
         admission.validate_request(processed_inputs, params)
 

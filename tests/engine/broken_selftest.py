@@ -51,7 +51,7 @@ def release():
 
 
 def main():
-    from vllm_dvlm.selftest import engine_checks
+    from vllm_dvlm.tools.selftest import engine_checks
 
     *breaks, job = sys.argv[1:]
     for name in breaks:

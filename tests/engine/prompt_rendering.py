@@ -14,10 +14,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.renderers import ChatParams
 from vllm.renderers.registry import renderer_from_config
 
-from vllm_dvlm.bench import checkpoint_files as files
-from vllm_dvlm.models import processing, renderer
-from vllm_dvlm.models.configuration import checkpoint_config
-from vllm_dvlm.selftest import tiny_checkpoint
+from vllm_dvlm.checkpoint import processing, renderer
+from vllm_dvlm.checkpoint.configuration import checkpoint_config
+from vllm_dvlm.synthetic import checkpoint_files as files
+from vllm_dvlm.synthetic import tiny_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
 REFERENCE_PLACEHOLDER = -200

@@ -2,7 +2,7 @@
 
 Independent of the engine where it matters: keys are cached *before* the rotary embedding and turned at every use, so
 nothing is ever moved or re-rotated; attention matrices are whole; the sequence is rebuilt by indexing. Weights and
-single operations are those of ``vllm_dvlm.bench.reference.model``, which the goldens check.
+single operations are those of ``vllm_dvlm.reference.model``, which the goldens check.
 
 T = tokens of the sequence, R = computed rows, D = hidden width, H = heads, E = head width, N = visual tokens.
 """
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.golden import cases
-from vllm_dvlm.bench.reference.loops import EOT_ID, FORBIDDEN_IDS, MASK_ID, num_passing, num_unmasked_per_step
-from vllm_dvlm.bench.reference.model import Prompt, ReferenceModel
+from vllm_dvlm.reference.loops import EOT_ID, FORBIDDEN_IDS, MASK_ID, num_passing, num_unmasked_per_step
+from vllm_dvlm.reference.model import Prompt, ReferenceModel
 
 
 @dataclass

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from tests.golden import lavida_cases as cases
-from vllm_dvlm.bench.lavida_files import DREAM
+from vllm_dvlm.synthetic.lavida_files import DREAM
 
 ROOT = Path(__file__).parents[2]
 

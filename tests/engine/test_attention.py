@@ -200,7 +200,7 @@ def test_hidden_states_of_a_request(engine, recorded_steps, checkpoint, monkeypa
 
     And as it runs: rows that are read have the same numbers, all others are zero.
     """
-    from vllm_dvlm.bench.reference.model import KVCache, ReferenceModel, _rms_norm
+    from vllm_dvlm.reference.model import KVCache, ReferenceModel, _rms_norm
 
     if all_rows:
         compute_all_rows(engine, monkeypatch)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dvlm.bench.checkpoint_files import Sizes
-from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
 from vllm_dvlm.bench.scoring import normalise, wilson_interval
 from vllm_dvlm.cli import main
+from vllm_dvlm.synthetic.checkpoint_files import Sizes
+from vllm_dvlm.synthetic.random_checkpoint import write_random_checkpoint
 
 NUM = 8
 SETTINGS = ["unpruned", "redvtp_50", "random_25", "fastv_L1_25", "refresh32_unpruned", "refresh32_threshold_redvtp_25"]

@@ -12,7 +12,7 @@ from vllm.renderers import ChatParams
 
 from tests.engine import prompt_rendering
 from tests.engine.prompt_rendering import chat, front_end_of, images_of, load, render, same_as
-from vllm_dvlm.bench import checkpoint_files as files
+from vllm_dvlm.synthetic import checkpoint_files as files
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def test_bad_requests(server, asked, change, message):
 def test_options_with_too_many_tokens():
     from vllm.entrypoints.generate.structured_decisions.question_types import StructuredDecisionError
 
-    from vllm_dvlm.decisions import CanvasStrategy, Slots
+    from vllm_dvlm.serving.decisions import CanvasStrategy, Slots
 
     strategy = object.__new__(CanvasStrategy)  # the bound needs no server
     options = [[[number, number + 1]] for number in range(127)]

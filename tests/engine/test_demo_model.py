@@ -54,7 +54,7 @@ def _image(image_module, question) -> dict:
 
 def held_out(num: int, seed: int = FRESH_SEED) -> list:
     pytest.importorskip("sklearn")
-    from vllm_dvlm.bench import digit_questions
+    from vllm_dvlm.synthetic import digit_questions
 
     return digit_questions.held_out(num, seed=seed)
 

@@ -31,7 +31,7 @@ def make_slot(number, options):
 
     from vllm_dvlm.placement import resolve
     from vllm_dvlm.settings import ServerSettings
-    from vllm_dvlm.terms import VisualSpan
+    from vllm_dvlm.steps import VisualSpan
     from vllm_dvlm.worker.states import RequestSlot
 
     params = resolve(options, CANVAS, ServerSettings(), None)

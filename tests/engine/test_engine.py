@@ -333,7 +333,7 @@ def test_logits_only_of_masked_rows_of_the_block(engine, monkeypatch):
 
 
 def test_same_image_is_processed_and_encoded_once(engine, monkeypatch):
-    from vllm_dvlm.models import processing
+    from vllm_dvlm.checkpoint import processing
 
     engine.use({"seed": 0})
     engine.engine.reset_encoder_cache()

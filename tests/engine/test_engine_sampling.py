@@ -35,7 +35,7 @@ def run(engine, sampling_params, case=CASE, name="one"):
 
 def dense(reference, case=CASE, **changes):
     """Tokens of the plain PyTorch loop for a text case; changes of bench.reference.loops.LoopOptions."""
-    from vllm_dvlm.bench.reference.loops import LoopOptions, lean_loop
+    from vllm_dvlm.reference.loops import LoopOptions, lean_loop
 
     settings = case.settings
     options = {

@@ -22,10 +22,10 @@ from vllm.v1.engine import input_processor
 from tests.engine import engines
 from tests.engine.front_end import MAX_CANVAS, MAX_MODEL_LEN, FrontEnd, engine_config, refused
 from tests.golden import cases
-from vllm_dvlm.admission import PROMPT_LIMITS_KEY
 from vllm_dvlm.config import _run_eagerly
-from vllm_dvlm.errors import InvalidRequest
 from vllm_dvlm.patches.vllm import p002_validate_request
+from vllm_dvlm.serving.admission import PROMPT_LIMITS_KEY
+from vllm_dvlm.serving.errors import InvalidRequest
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from tests.golden import cases
-from vllm_dvlm.selftest.tiny_checkpoint import content_digest
+from vllm_dvlm.synthetic.tiny_checkpoint import content_digest
 
 CONFIDENCE_TOLERANCE = 5e-4
 RECORDED = cases.by_mode("plain", "fast_dllm")

@@ -6,8 +6,8 @@ import pytest
 
 from tests.engine.run_lavida import request_of
 from tests.golden import lavida_cases as cases
-from vllm_dvlm.bench.lavida_files import DREAM, LLADA
-from vllm_dvlm.selftest import tiny_lavida
+from vllm_dvlm.synthetic import tiny_lavida
+from vllm_dvlm.synthetic.lavida_files import DREAM, LLADA
 
 RECORDED = [case for case in cases.all_cases() if not case.records_defect]
 # The engine's float32 sums in another order than the recordings'.

@@ -12,13 +12,13 @@ from vllm.renderers import ChatParams
 from vllm.renderers.registry import renderer_from_config
 
 from tests.golden import lavida_cases as cases
-from vllm_dvlm.bench import checkpoint_files
-from vllm_dvlm.bench import lavida_files as files
-from vllm_dvlm.bench.lavida_files import DREAM, KINDS, LLADA
+from vllm_dvlm.checkpoint.configuration import TokenIds, resolve_token_ids
+from vllm_dvlm.checkpoint.dream_tokenizer import DreamTokenizer
+from vllm_dvlm.checkpoint.renderer import TOKENIZER_MODE
 from vllm_dvlm.families.lavida import LAVIDA_DREAM, LAVIDA_LLADA
-from vllm_dvlm.models.configuration import TokenIds, resolve_token_ids
-from vllm_dvlm.models.dream_tokenizer import DreamTokenizer
-from vllm_dvlm.models.renderer import TOKENIZER_MODE
+from vllm_dvlm.synthetic import checkpoint_files
+from vllm_dvlm.synthetic import lavida_files as files
+from vllm_dvlm.synthetic.lavida_files import DREAM, KINDS, LLADA
 
 USABLE = [case for case in cases.all_cases() if not case.records_defect]
 # The first id that the tokenizer does not have.

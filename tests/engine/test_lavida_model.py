@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.lavida_model import LoadedModel, process_group
 from tests.golden import lavida_cases as cases
-from vllm_dvlm.bench.lavida_files import DREAM, LLADA
-from vllm_dvlm.bench.reference.lavida_model import LavidaModel
 from vllm_dvlm.models.lavida import LlavaDreamForMaskedDiffusion, LlavaLladaForMaskedDiffusion
-from vllm_dvlm.selftest import tiny_lavida
+from vllm_dvlm.reference.lavida_model import LavidaModel
+from vllm_dvlm.synthetic import tiny_lavida
+from vllm_dvlm.synthetic.lavida_files import DREAM, LLADA
 
 # One case per picture and way of laying it out.
 IMAGES = {

@@ -11,10 +11,10 @@ import pytest
 from tests.engine import pruned_reference
 from tests.engine.pruned_checks import assert_as_dense, conserved
 from tests.golden import lavida_cases as cases
-from vllm_dvlm.bench.lavida_files import LLADA
-from vllm_dvlm.bench.reference.lavida_loops import LavidaOptions, lean_loop
-from vllm_dvlm.bench.reference.lavida_model import LavidaModel
-from vllm_dvlm.selftest import tiny_lavida
+from vllm_dvlm.reference.lavida_loops import LavidaOptions, lean_loop
+from vllm_dvlm.reference.lavida_model import LavidaModel
+from vllm_dvlm.synthetic import tiny_lavida
+from vllm_dvlm.synthetic.lavida_files import LLADA
 
 PICTURE, TEXT = cases.load("fim_img_half"), cases.load("text_prefix")
 LENGTH = 12

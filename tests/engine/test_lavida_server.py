@@ -6,8 +6,8 @@ import pytest
 
 from tests.engine.server import MODEL, Server, image_part
 from tests.golden import lavida_cases as cases
-from vllm_dvlm.bench.lavida_files import LLADA
-from vllm_dvlm.selftest import tiny_lavida
+from vllm_dvlm.synthetic import tiny_lavida
+from vllm_dvlm.synthetic.lavida_files import LLADA
 
 PICTURE, TEXT, DRAFT = "img_prefix_ratio05", "text_entrophy_blocks", "fim_text_full"
 MASK = LLADA.mask

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "vllm_dvlm"
 
 # File pattern -> modules that it must not import, at the top or inside a function.
 FORBIDDEN = {
-    "terms.py": ["torch", "vllm", "vllm_dvlm", "numpy"],
+    "steps.py": ["torch", "vllm", "vllm_dvlm", "numpy"],
     "families/*.py": ["torch", "vllm", "transformers"],
     "option*.py": ["torch", "vllm"],
     "settings.py": ["torch", "vllm"],
@@ -34,18 +34,42 @@ FORBIDDEN = {
     # What a request's options come to, and its texts as tokens, come with the request.
     "worker/*.py": [
         "vllm_dvlm.scheduler",
-        "vllm_dvlm.admission",
+        "vllm_dvlm.serving.admission",
         "vllm.tokenizers",
         *(f"vllm_dvlm.placement.{name}" for name in ("read", "place", "resolve", "draft_tokens")),
         "vllm_dvlm.options.parse",
     ],
     "worker/states.py": ["vllm_dvlm.pruning", "vllm_dvlm.kv"],
     "worker/sampler.py": ["vllm_dvlm.pruning", "vllm_dvlm.kv"],
-    **{f"batch/{name}.py": ["torch", "vllm", "ray"] for name in ("rows", "ledger", "driver")},
-    # Ray is optional: one folder knows it.
-    **{pattern: ["ray"] for pattern in ("*.py", "[!c]*/*.py", "bench/*/*.py", "batch/*.py")},
-    "scheduler.py": ["ray", "torch", "vllm_dvlm.worker", "vllm_dvlm.denoise", "vllm_dvlm.models"],
+    **{f"batch/{name}.py": ["torch", "vllm"] for name in ("rows", "ledger", "driver")},
+    "scheduler.py": ["torch", "vllm_dvlm.worker", "vllm_dvlm.denoise", "vllm_dvlm.models"],
 }
+
+# The rooms of the package, a name for a folder or a file: each may use those of earlier rows only, so there is no
+# circle.
+ROOMS = (
+    ("steps", "counters", "families", "option_checks", "sampling_parameters", "upstream", "patches", "cpu_host"),
+    ("denoise", "kv", "pruning", "request", "upstream_settings"),
+    ("options",),
+    ("settings",),
+    ("refusals",),
+    ("placement", "canvas_events"),
+    ("serving", "scheduler"),  # before the engine, and in its core
+    ("checkpoint",),
+    ("models",),
+    ("worker",),
+    ("batch",),
+    ("cluster",),
+    ("config",),
+    ("synthetic",),
+    ("reference",),
+    ("bench",),
+    ("tools",),
+    ("examples",),
+    ("cli",),
+)
+# vLLM asks the model's class for the worker's part of it.
+HOOKS = {("models", "worker")}
 
 
 def imports(path):
@@ -80,6 +104,29 @@ def test_forbidden_imports(pattern):
                 assert not f"{name}.".startswith(f"{forbidden}."), f"{path.name} imports {name}"
 
 
+def test_rooms_use_those_of_earlier_rows_only():
+    place = {name: number for number, names in enumerate(ROOMS) for name in names}
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own == "__init__":  # registers everything, by name
+            continue
+        assert own in place, f"{own} is in no row of ROOMS"
+        for name in imports(path):
+            used = name.split(".")[1] if name.startswith("vllm_dvlm.") else own
+            if used in place and used != own and place[used] >= place[own]:
+                found.add((own, used))
+    assert found == HOOKS
+
+
+def test_ray_is_known_in_one_room():
+    """It is optional."""
+    for path in PACKAGE.rglob("*.py"):
+        names = imports(path)
+        if path.relative_to(PACKAGE).parts[0] != "cluster":
+            assert not any(f"{name}.".startswith("ray.") for name in names), path
+
+
 def test_imports_are_found(tmp_path):
     """The check itself: inside functions too, and not what only type checkers see."""
     file = tmp_path / "module.py"
@@ -93,7 +140,7 @@ def test_imports_are_found(tmp_path):
     ("module", "unwanted"),
     [
         ("vllm_dvlm", ["torch", "vllm", "numpy", "transformers"]),
-        ("vllm_dvlm.terms", ["torch", "vllm", "numpy"]),
+        ("vllm_dvlm.steps", ["torch", "vllm", "numpy"]),
         ("vllm_dvlm.placement", ["torch", "vllm"]),
         ("vllm_dvlm.upstream", ["torch", "vllm"]),
         ("vllm_dvlm.denoise.step", ["vllm"]),

@@ -9,7 +9,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager, load_stat_logger_plugin_f
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_dvlm.counters import CLIENT_METRICS, COUNTERS, METRICS
-from vllm_dvlm.metrics import DvlmStatLogger
+from vllm_dvlm.serving.metrics import DvlmStatLogger
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ class Twin:
 class Driver:
     """DiffusionScheduler in a process of its own kind: the test plays the front end and the worker.
 
-    The worker's side is computed anew from the options with ``terms``, never read from the scheduler's requests.
+    The worker's side is computed anew from the options with ``steps``, never read from the scheduler's requests.
     """
 
     def __init__(self, folder, seed, two_groups):
@@ -210,7 +210,7 @@ class Driver:
 
     def step(self):
         from vllm_dvlm.options import RESUME_KEY
-        from vllm_dvlm.terms import Resume, step_at
+        from vllm_dvlm.steps import Resume, step_at
 
         output = self.scheduler.schedule()
         self.num_steps += 1
@@ -260,7 +260,7 @@ class Driver:
     def _new_twin(self, new):
         from vllm_dvlm.options import RESUME_KEY
         from vllm_dvlm.placement import resolve
-        from vllm_dvlm.terms import Position, Resume
+        from vllm_dvlm.steps import Position, Resume
 
         params = resolve(new.sampling_params.extra_args, new.sampling_params.max_tokens, self.settings)
         plan = params.plan(len(new.prompt_token_ids))
@@ -282,7 +282,7 @@ class Driver:
         """The worker's side of a step, then the scheduler's."""
         from vllm.v1.outputs import ModelRunnerOutput
 
-        from vllm_dvlm.terms import LOST, advance, cdiv
+        from vllm_dvlm.steps import LOST, advance, cdiv
 
         names, sampled, reports = list(output.num_scheduled_tokens), [], {}
         for name in names:

@@ -39,9 +39,9 @@ from tests.engine.prompt_rendering import (
     render,
     same_as,
 )
-from vllm_dvlm.models import processing, renderer
+from vllm_dvlm.checkpoint import processing, renderer
 from vllm_dvlm.models.vision import VisionStack, build_projector
-from vllm_dvlm.selftest import tiny_checkpoint
+from vllm_dvlm.synthetic import tiny_checkpoint
 
 WITH_IMAGES = [
     "b1_image_steps_eq_gen",

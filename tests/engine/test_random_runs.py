@@ -48,7 +48,7 @@ def random_options(rng: random.Random, has_image: bool, predicts_mask: bool) -> 
 
 def loop_options(options: dict, stop_ids: list[int], suffix_ids: list[int]):
     """The same settings for the loop."""
-    from vllm_dvlm.bench.reference.loops import EOT_ID, LoopOptions
+    from vllm_dvlm.reference.loops import EOT_ID, LoopOptions
 
     return LoopOptions(
         canvas_length=options["diffusion_canvas_length"],
@@ -66,7 +66,7 @@ def loop_options(options: dict, stop_ids: list[int], suffix_ids: list[int]):
 def test_random_settings_give_the_reference_tokens_in_a_mixed_batch(engine, reference, build_args):
     from vllm import SamplingParams
 
-    from vllm_dvlm.bench.reference.loops import EOT_ID, MASK_ID, lean_loop
+    from vllm_dvlm.reference.loops import EOT_ID, MASK_ID, lean_loop
 
     engine.use(build_args)
     model, predicts_mask = reference(**build_args), "mask_like" in build_args

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.unit.asgi import sent_by
-from vllm_dvlm.report_header import NAME, ReportHeader, report_in
+from vllm_dvlm.serving.report_header import NAME, ReportHeader, report_in
 
 JSON = [(b"content-type", b"application/json"), (b"x-request-id", b"7")]
 REPORT = {"visual_tokens_before": 869, "prune_ms": 1.5}

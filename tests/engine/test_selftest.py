@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests import selftest_goldens
-from vllm_dvlm.selftest import command, report
-from vllm_dvlm.selftest.engine_checks import goldens
+from vllm_dvlm.tools.selftest import command, report
+from vllm_dvlm.tools.selftest.engine_checks import goldens
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,7 @@ from tests.engine.server import (
     text_of,
 )
 from tests.golden import cases
-from vllm_dvlm.bench.checkpoint_files import MASK as MASK_ID
+from vllm_dvlm.synthetic.checkpoint_files import MASK as MASK_ID
 
 EOT_ID = 126348
 MAX_MODEL_LEN = 4096

@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.golden import cases
-from vllm_dvlm.sizing import arithmetic as sizes
+from vllm_dvlm.tools.sizing import arithmetic as sizes
 
 
 def config(engine):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vllm_dvlm.stream_status import StreamStatus, note_admission
+from vllm_dvlm.serving.stream_status import StreamStatus, note_admission
 
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-request-id", b"7")]
 JSON = [(b"content-type", b"application/json")]

@@ -13,9 +13,9 @@ from tests.engine import pruned_reference, run_lavida
 from tests.engine.pruned_checks import assert_clear
 from tests.engine.run_cases import NOISE, NOISY_OPTIONS, ROOT, assert_recorded, run
 from tests.golden import cases, lavida_cases
-from vllm_dvlm.bench.lavida_files import DREAM, LLADA
-from vllm_dvlm.bench.reference.lavida_model import LavidaModel
-from vllm_dvlm.selftest import tiny_lavida
+from vllm_dvlm.reference.lavida_model import LavidaModel
+from vllm_dvlm.synthetic import tiny_lavida
+from vllm_dvlm.synthetic.lavida_files import DREAM, LLADA
 
 TEXT, CACHED = "a1_text_single_block", "g12_fast_k2_r8_none"
 PRUNED = ["f1_redvtp_keep25", "f2_redvtp_keep50"]

@@ -66,7 +66,7 @@ def test_no_suffix_where_max_tokens_ends_the_reply(engine):
 def test_where_the_suffix_lies_in_the_last_step():
     """Every way a canvas of few words can end, with suffixes of the same words."""
     from vllm_dvlm.request import DiffusionRequest
-    from vllm_dvlm.terms import Plan, Position
+    from vllm_dvlm.steps import Plan, Position
 
     rng = random.Random(0)
     seen = set()

@@ -43,7 +43,7 @@ class Case:
 
     @property
     def build_args(self) -> dict[str, int]:
-        """Arguments of vllm_dvlm.selftest.tiny_checkpoint.checkpoint."""
+        """Arguments of vllm_dvlm.synthetic.tiny_checkpoint.checkpoint."""
         return self.raw["checkpoint"]["build_args"]
 
     @property

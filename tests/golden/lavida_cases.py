@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vllm_dvlm.bench.lavida_files import DREAM, LLADA, Kind
+from vllm_dvlm.synthetic.lavida_files import DREAM, LLADA, Kind
 
 FOLDER = Path(__file__).parent / "lavida"
 VARIANTS = ("lavida", "lavida-dream", "redvtp-repaired", "redvtp-as-released")
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def kind(self) -> Kind:
-        """Which checkpoint it ran on (vllm_dvlm.selftest.tiny_lavida)."""
+        """Which checkpoint it ran on (vllm_dvlm.synthetic.tiny_lavida)."""
         return DREAM if self.variant == "lavida-dream" else LLADA
 
     @property

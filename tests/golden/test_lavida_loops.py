@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.golden import lavida_cases as cases
-from vllm_dvlm.bench.lavida_files import DREAM, KINDS, LLADA
-from vllm_dvlm.bench.reference.lavida_loops import LavidaOptions, lean_loop, official_loop
-from vllm_dvlm.bench.reference.lavida_model import LavidaModel, PrefixKVCache, conversation, prune_prefix
-from vllm_dvlm.bench.reference.model import prompt_token_ids, rotate
-from vllm_dvlm.selftest import tiny_lavida
+from vllm_dvlm.reference.lavida_loops import LavidaOptions, lean_loop, official_loop
+from vllm_dvlm.reference.lavida_model import LavidaModel, PrefixKVCache, conversation, prune_prefix
+from vllm_dvlm.reference.model import prompt_token_ids, rotate
+from vllm_dvlm.synthetic import tiny_lavida
+from vllm_dvlm.synthetic.lavida_files import DREAM, KINDS, LLADA
 
 RECORDED = [case for case in cases.all_cases() if not case.records_defect]
 # Golden README, section "Files".

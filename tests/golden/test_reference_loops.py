@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from tests.golden import cases
-from vllm_dvlm.bench.reference.loops import (
+from vllm_dvlm.reference.loops import (
     LoopOptions,
     lean_loop,
     num_passing,
     num_unmasked_per_step,
     official_loop,
 )
-from vllm_dvlm.bench.reference.model import Prompt, ReferenceModel, conversation, prompt_token_ids
-from vllm_dvlm.selftest.tiny_checkpoint import checkpoint
+from vllm_dvlm.reference.model import Prompt, ReferenceModel, conversation, prompt_token_ids
+from vllm_dvlm.synthetic.tiny_checkpoint import checkpoint
 
 RECORDED = cases.by_mode("plain", "fast_dllm", "redvtp")
 CONFIDENCE_TOLERANCE = 5e-4  # golden README, "Tolerance to expect"

@@ -130,7 +130,7 @@ def serving(folder, *options, port=None, model=MODEL, engine=ENGINE, **environme
 
 def picture_questions(num, seed=3):
     """Bodies of chat requests."""
-    from vllm_dvlm.bench.digit_questions import held_out
+    from vllm_dvlm.synthetic.digit_questions import held_out
 
     bodies = []
     for asked in held_out(num, seed=seed):

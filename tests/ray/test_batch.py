@@ -21,7 +21,7 @@ NUM, NUM_BAD = 240, 3
 def questions(tmp_path_factory):
     """Input file: every fourth row in OpenAI's format, three bad ones among them. Ids and right answers."""
     pytest.importorskip("sklearn")
-    from vllm_dvlm.bench.digit_questions import held_out
+    from vllm_dvlm.synthetic.digit_questions import held_out
 
     folder, lines, right = tmp_path_factory.mktemp("questions"), [], {}
     for i, asked in enumerate(held_out(NUM, seed=7)):

@@ -5,9 +5,9 @@ import pytest
 from tests.engine import run_lavida
 from tests.engine.run_cases import assert_recorded, run
 from tests.golden import lavida_cases
-from vllm_dvlm.bench.lavida_files import KINDS
 from vllm_dvlm.pruning.names import AT_LAYER, targets
-from vllm_dvlm.selftest import tiny_lavida
+from vllm_dvlm.synthetic import tiny_lavida
+from vllm_dvlm.synthetic.lavida_files import KINDS
 
 RECORDED = ["a1_text_single_block", "g12_fast_k2_r8_none", "f1_redvtp_keep25", "f2_redvtp_keep50"]
 IMAGE = "f1_redvtp_keep25"

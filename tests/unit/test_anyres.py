@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.golden import lavida_cases
-from vllm_dvlm.bench.lavida_files import PINPOINTS
-from vllm_dvlm.models.anyres import (
+from vllm_dvlm.checkpoint.anyres import (
     ImageLayoutConfig,
     arrange,
     heaviest_image,
@@ -27,8 +26,9 @@ from vllm_dvlm.models.anyres import (
     preprocess,
     select_grid,
 )
-from vllm_dvlm.terms import VisualSpan
-from vllm_dvlm.worker.image_maps import describe_images, visual_places
+from vllm_dvlm.steps import VisualSpan
+from vllm_dvlm.synthetic.lavida_files import PINPOINTS
+from vllm_dvlm.worker.image_layouts import describe_images, visual_places
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
 PREPROCESSING = sorted(path.stem for path in GOLDEN.glob("p*.json"))

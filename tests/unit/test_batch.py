@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from vllm_dvlm.batch import command, rows
+from vllm_dvlm.batch import rows
 from vllm_dvlm.batch.driver import Driver, Limits, Row, Totals, WorkerLost
 from vllm_dvlm.batch.ledger import open_ledger
 from vllm_dvlm.cli import main
+from vllm_dvlm.tools import batch_command as command
 
 FIELDS = frozenset({"messages", "model", "max_tokens", "seed", "vllm_xargs"})
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from vllm_dvlm.bench.checkpoint_files import SIZES_8B
 from vllm_dvlm.bench.counted import (
     LLADA_8B,
     Generation,
@@ -13,6 +12,7 @@ from vllm_dvlm.bench.counted import (
     prefix_speedup,
     work_shares,
 )
+from vllm_dvlm.synthetic.checkpoint_files import SIZES_8B
 
 # The papers' setting, and the shape of `bench pruning`.
 WORK = Generation(prompt_len=3729, num_visual=3669, canvas_len=32, num_steps=16)

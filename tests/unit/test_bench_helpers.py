@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 
 from vllm_dvlm.bench import baselines, common
-from vllm_dvlm.bench.checkpoint_files import SIZES_8B, Sizes
-from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
-from vllm_dvlm.bench.random_lavida import write_random_lavida
-from vllm_dvlm.bench.reference.lavida_model import LavidaModel
-from vllm_dvlm.bench.reference.loops import lean_loop
-from vllm_dvlm.bench.reference.model import ReferenceModel
+from vllm_dvlm.reference.lavida_model import LavidaModel
+from vllm_dvlm.reference.loops import lean_loop
+from vllm_dvlm.reference.model import ReferenceModel
+from vllm_dvlm.synthetic.checkpoint_files import SIZES_8B, Sizes
+from vllm_dvlm.synthetic.random_checkpoint import write_random_checkpoint
+from vllm_dvlm.synthetic.random_lavida import write_random_lavida
 
 SIZES = Sizes(hidden=32, layers=2, heads=2, intermediate=48, vision_hidden=16, vision_layers=3)
 
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 
 def test_random_checkpoint_has_the_tensors_of_the_tiny_one(model, tmp_path):
-    from vllm_dvlm.selftest.tiny_checkpoint import checkpoint
+    from vllm_dvlm.synthetic.tiny_checkpoint import checkpoint
 
     def names(folder):
         with safe_open(folder / "model.safetensors", "pt") as weights:
@@ -46,8 +46,8 @@ def test_random_checkpoint_repeats_and_refuses(model, tmp_path):
 
 
 def test_random_lavida_has_the_same_weights_under_its_own_names(model, tmp_path):
-    from vllm_dvlm.bench.lavida_files import LLADA
-    from vllm_dvlm.selftest.tiny_lavida import tensors
+    from vllm_dvlm.synthetic.lavida_files import LLADA
+    from vllm_dvlm.synthetic.tiny_lavida import tensors
 
     lavida = LavidaModel.load(write_random_lavida(tmp_path, SIZES))
     assert torch.equal(lavida.text.head, model.text.head)
@@ -61,7 +61,7 @@ def test_random_lavida_has_the_same_weights_under_its_own_names(model, tmp_path)
 
 
 def test_random_lavida_with_a_small_vocabulary(tmp_path):
-    from vllm_dvlm.bench.checkpoint_files import MIN_VOCAB_ROWS, Ids
+    from vllm_dvlm.synthetic.checkpoint_files import MIN_VOCAB_ROWS, Ids
 
     sizes = dataclasses.replace(SIZES, vocab_rows=MIN_VOCAB_ROWS)
     small = LavidaModel.load(write_random_lavida(tmp_path, sizes))
@@ -71,7 +71,7 @@ def test_random_lavida_with_a_small_vocabulary(tmp_path):
 def test_a_small_vocabulary_has_the_same_tokens_at_its_end(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
-    from vllm_dvlm.bench.checkpoint_files import MIN_VOCAB_ROWS, Ids
+    from vllm_dvlm.synthetic.checkpoint_files import MIN_VOCAB_ROWS, Ids
 
     rows = MIN_VOCAB_ROWS
     ids = Ids(rows)

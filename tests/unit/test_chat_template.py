@@ -8,10 +8,10 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.golden import lavida_cases
-from vllm_dvlm.bench.checkpoint_files import CHAT_TEMPLATE as TEXT_ONLY
+from vllm_dvlm.checkpoint.chat_template import choose, family_template, mentions_images, reads_variable
 from vllm_dvlm.families import LLADA_V
 from vllm_dvlm.families.lavida import LAVIDA_DREAM, LAVIDA_LLADA
-from vllm_dvlm.models.chat_template import choose, family_template, mentions_images, reads_variable
+from vllm_dvlm.synthetic.checkpoint_files import CHAT_TEMPLATE as TEXT_ONLY
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_v"
 CASES = sorted(p.stem for p in GOLDEN.glob("*.json") if "question" in json.loads(p.read_text()))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from vllm_dvlm.models.configuration import (
+from vllm_dvlm.checkpoint.configuration import (
     LlavaLLaDAConfig,
     TokenIds,
     checkpoint_config,
@@ -16,7 +16,7 @@ from vllm_dvlm.models.configuration import (
     resolve_token_ids,
     resolve_vision_config,
 )
-from vllm_dvlm.selftest import tiny_checkpoint
+from vllm_dvlm.synthetic import tiny_checkpoint
 
 OFFICIAL = {
     "<|startoftext|>": 126080,

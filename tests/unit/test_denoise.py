@@ -1,4 +1,4 @@
-"""Ranks, counts and whole decodes: ``take_step`` against the plain rules, ``terms.advance`` against ``take_step``."""
+"""Ranks, counts and whole decodes: ``take_step`` against the plain rules, ``advance`` against ``take_step``."""
 
 import dataclasses
 import random
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.decoding import MASK, Run, emitted, num_by_threshold, official
-from vllm_dvlm import terms
+from vllm_dvlm import steps as arithmetic
 from vllm_dvlm.denoise import remask
 from vllm_dvlm.denoise.step import Canvases, candidates, take_step
 
@@ -32,7 +32,7 @@ def test_schedule_agrees_with_the_schedulers_arithmetic(num_masked, num_steps):
     counts = remask.num_by_schedule(
         torch.full_like(steps, num_masked), torch.full_like(steps, num_steps), steps
     ).tolist()
-    assert counts == terms.num_scheduled_steps(num_masked, num_steps)
+    assert counts == arithmetic.num_scheduled_steps(num_masked, num_steps)
     assert sum(counts) == num_masked
 
 
@@ -100,7 +100,7 @@ def runs(draw, **fixed):
 
 def plan_of(run):
     steps = None if run.threshold is not None else run.steps_per_block
-    return terms.Plan(
+    return arithmetic.Plan(
         run.prompt_len, run.canvas_len, len(run.suffix), run.block_len, steps, run.refresh_interval, run.caches_prompt
     )
 
@@ -160,7 +160,7 @@ def decode(batch):
     the worker stands. Returns per request (canvas, stop, steps as in ``Outcome``, emitted tokens).
     """
     state, live = fresh_canvases(batch), list(range(len(batch)))
-    positions = [terms.Position()] * len(batch)
+    positions = [arithmetic.Position()] * len(batch)
     steps, tokens, last = [[] for _ in batch], [[] for _ in batch], [None] * len(batch)
     for _ in range(1000):
         before = state
@@ -177,10 +177,10 @@ def decode(batch):
                 assert out.next_start[r] == 0
                 continue
             plan = plan_of(batch[i])
-            positions[i] = terms.advance(plan, positions[i], num_new)
+            positions[i] = arithmetic.advance(plan, positions[i], num_new)
             worker = (out.canvases.block_start[r], out.canvases.step_in_block[r], out.canvases.num_emitted[r])
-            assert positions[i] == terms.Position(*map(int, worker))
-            assert terms.step_at(plan, positions[i]).query_start == int(out.next_start[r])
+            assert positions[i] == arithmetic.Position(*map(int, worker))
+            assert arithmetic.step_at(plan, positions[i]).query_start == int(out.next_start[r])
         keep = (~out.finished).nonzero()[:, 0]
         state, live = rows_of(out.canvases, keep), [live[r] for r in keep.tolist()]
         if not live:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from vllm_dvlm.bench import digit_questions as questions
+from vllm_dvlm.synthetic import digit_questions as questions
 
 GRID = 4
 NUM = 400
@@ -119,6 +119,6 @@ def test_a_grid_that_is_too_small_or_too_large_is_refused():
 
 
 def test_importing_is_light():
-    code = "import sys, vllm_dvlm.bench.digit_questions; print({'numpy', 'sklearn', 'torch'} & set(sys.modules))"
+    code = "import sys, vllm_dvlm.synthetic.digit_questions; print({'numpy', 'sklearn', 'torch'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "set()"

@@ -8,7 +8,7 @@ from vllm_dvlm.families import FAMILIES
 
 PACKAGE = Path(vllm_dvlm.__file__).parent
 # Where families, and models of ours, may be called by their names.
-ROOMS = {"families", "models", "bench", "patches", "selftest"}
+ROOMS = {"families", "models", "checkpoint", "bench", "reference", "synthetic", "patches", "tools"}
 
 
 def names_of_families():

@@ -6,14 +6,14 @@ import pickle
 import pytest
 from transformers import AutoConfig
 
-from vllm_dvlm.bench import checkpoint_files
-from vllm_dvlm.bench import lavida_files as files
-from vllm_dvlm.bench.lavida_files import DREAM, LLADA
+from vllm_dvlm.checkpoint.anyres import lavida_layout
+from vllm_dvlm.checkpoint.configuration import LlavaLLaDAConfig, checkpoint_config, resolve_vision_config
+from vllm_dvlm.checkpoint.lavida_configuration import LavidaDreamConfig, LavidaLladaConfig
 from vllm_dvlm.families import FAMILIES, LLADA_V, family_of
 from vllm_dvlm.families.lavida import LAVIDA_DREAM, LAVIDA_LLADA
-from vllm_dvlm.models.anyres import lavida_layout
-from vllm_dvlm.models.configuration import LlavaLLaDAConfig, checkpoint_config, resolve_vision_config
-from vllm_dvlm.models.lavida_configuration import LavidaDreamConfig, LavidaLladaConfig
+from vllm_dvlm.synthetic import checkpoint_files
+from vllm_dvlm.synthetic import lavida_files as files
+from vllm_dvlm.synthetic.lavida_files import DREAM, LLADA
 
 CLASSES = {LLADA: LavidaLladaConfig, DREAM: LavidaDreamConfig}
 KINDS = pytest.mark.parametrize("kind", [LLADA, DREAM], ids=lambda kind: kind.name)

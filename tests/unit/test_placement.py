@@ -10,7 +10,7 @@ from vllm_dvlm.families.base import Family, TokenTexts
 from vllm_dvlm.options import REMASKING, REMASKING_ALIASES, DenoiseParams
 from vllm_dvlm.placement import MASKED, ResolvedParams, Texts, check_lengths, draft_tokens, read, resolve
 from vllm_dvlm.settings import ServerSettings
-from vllm_dvlm.terms import Plan
+from vllm_dvlm.steps import Plan
 
 SERVER = ServerSettings(max_canvas_length=64)
 

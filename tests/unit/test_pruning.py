@@ -15,7 +15,7 @@ from vllm_dvlm.placement import resolve
 from vllm_dvlm.pruning import names
 from vllm_dvlm.pruning.select import kept_prompt_rows, select
 from vllm_dvlm.settings import ServerSettings
-from vllm_dvlm.terms import VisualSpan, num_kept, pruned_prompt_len
+from vllm_dvlm.steps import VisualSpan, num_kept, pruned_prompt_len
 
 every_method = pytest.mark.parametrize("case", CASES, ids=str)
 reading_attention = pytest.mark.parametrize("case", [c for c in CASES if c.pruner().reads != "none"], ids=str)

@@ -19,10 +19,10 @@ from vllm_dvlm.bench.pruning_job import Measured
 from vllm_dvlm.bench.quality import Scored
 from vllm_dvlm.bench.questions import Item
 from vllm_dvlm.bench.settings_grid import Mode, Setting
+from vllm_dvlm.checkpoint.anyres import num_visual_tokens
+from vllm_dvlm.checkpoint.configuration import load_config, resolve_vision_config
 from vllm_dvlm.cli import build_parser, main
 from vllm_dvlm.families import LAVIDA_LLADA
-from vllm_dvlm.models.anyres import num_visual_tokens
-from vllm_dvlm.models.configuration import load_config, resolve_vision_config
 from vllm_dvlm.placement import resolve
 from vllm_dvlm.settings import ServerSettings
 

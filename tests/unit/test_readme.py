@@ -10,7 +10,7 @@ from vllm_dvlm.cli import build_parser
 from vllm_dvlm.options import DenoiseParams
 from vllm_dvlm.pruning.names import METHODS
 from vllm_dvlm.settings import ServerSettings
-from vllm_dvlm.settings_table import table
+from vllm_dvlm.tools.settings_table import table
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "README.md", ROOT / "vllm_dvlm" / "README.md", ROOT / "examples" / "results" / "README.md"]
@@ -21,7 +21,7 @@ FENCED = re.compile(r"^```\w*\n(.*?)^```", re.S | re.M)
 @pytest.mark.parametrize(("name", "cls"), [("options", DenoiseParams), ("settings", ServerSettings)])
 def test_tables_of_options_are_current(name, cls):
     found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", INSIDE, re.S)
-    assert found and found[1] == table(cls), "run python -m vllm_dvlm.settings_table and paste the table"
+    assert found and found[1] == table(cls), "run python -m vllm_dvlm.tools.settings_table and paste the table"
 
 
 def test_the_front_page_names_every_option_and_method_and_is_short():

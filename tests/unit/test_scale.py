@@ -12,7 +12,7 @@ from vllm_dvlm.bench import scale, scale_numbers, scale_plan, scale_run, scale_s
 from vllm_dvlm.bench.scale_numbers import Counts, bucket_percentile, percentile, read_page, read_result, since
 from vllm_dvlm.bench.scale_run import Client, Engine
 from vllm_dvlm.bench.scale_simulation import Load, Router, Service, System, play, router_of
-from vllm_dvlm.bench.sleeper import Sleeper
+from vllm_dvlm.cluster.sleeper import Sleeper
 
 pytest.importorskip("simpy")
 ENDLESS = 10**9  # requests that a replica may hold

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.golden import lavida_cases as cases
-from vllm_dvlm.bench.lavida_files import DREAM
 from vllm_dvlm.denoise.schedule import (
     SCHEDULES,
     counts_per_step,
@@ -15,6 +14,7 @@ from vllm_dvlm.denoise.schedule import (
     steps_on_grid,
     steps_per_block,
 )
+from vllm_dvlm.synthetic.lavida_files import DREAM
 
 names = st.sampled_from(SCHEDULES)
 RECORDED = [case for case in cases.all_cases() if case.raw.get("num_transfer_source") != "timesteps"]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from vllm_dvlm.checkpoint.configuration import published_config
 from vllm_dvlm.cli import build_parser, main
 from vllm_dvlm.families import FAMILIES
-from vllm_dvlm.models.configuration import published_config
-from vllm_dvlm.sizing import arithmetic as sizes
-from vllm_dvlm.sizing import command
-from vllm_dvlm.terms import forward_flops
+from vllm_dvlm.steps import forward_flops
+from vllm_dvlm.tools.sizing import arithmetic as sizes
+from vllm_dvlm.tools.sizing import command
 
 NAMES = [family.published_name for family in FAMILIES.values()]
 WORK = sizes.Work(text=100, visual=1000, canvas=64, block=32, steps=32)

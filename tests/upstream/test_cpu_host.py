@@ -136,9 +136,9 @@ def test_a_binding_chosen_by_the_user_stays(platform):
 
 def test_requests_reach_admission_only_where_it_is_loaded(platform, monkeypatch):
     seen = []
-    monkeypatch.delitem(sys.modules, "vllm_dvlm.admission", raising=False)
+    monkeypatch.delitem(sys.modules, "vllm_dvlm.serving.admission", raising=False)
     platform.validate_request({"prompt_token_ids": [1]}, None)
     fake = SimpleNamespace(validate_request=lambda inputs, params: seen.append((inputs, params)))
-    monkeypatch.setitem(sys.modules, "vllm_dvlm.admission", fake)
+    monkeypatch.setitem(sys.modules, "vllm_dvlm.serving.admission", fake)
     platform.validate_request({"prompt_token_ids": [1]}, "params")
     assert seen == [({"prompt_token_ids": [1]}, "params")]

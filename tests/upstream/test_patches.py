@@ -9,7 +9,7 @@ import pytest
 from vllm_dvlm import upstream
 from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels as p001
 from vllm_dvlm.patches.vllm import p002_validate_request as p002
-from vllm_dvlm.patches.vllm import p003_stream_status as p003
+from vllm_dvlm.patches.vllm import p003_serving as p003
 
 ROOT = Path(__file__).parents[2]
 

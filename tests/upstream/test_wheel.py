@@ -44,10 +44,11 @@ def build_wheel(folder: Path) -> tuple[Path, str]:
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, source)
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--verbose")
-    said = call(*pip, "--wheel-dir", folder, ".", cwd=source)
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet")
+    log = folder / "log.txt"
+    call(*pip, "--log", log, "--wheel-dir", folder, ".", cwd=source)
     (wheel,) = folder.glob("*.whl")
-    return wheel, said
+    return wheel, log.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ from typing import Any
 
 from PIL import Image
 
-from vllm_dvlm.bench.checkpoint_files import Ids
 from vllm_dvlm.bench.common import fixed_threads, progress
-from vllm_dvlm.bench.reference.loops import LoopOptions, LoopResult, lean_loop, official_loop
-from vllm_dvlm.bench.reference.model import (
+from vllm_dvlm.reference.loops import LoopOptions, LoopResult, lean_loop, official_loop
+from vllm_dvlm.reference.model import (
     Prompt,
     ReferenceModel,
     conversation,
     prompt_token_ids,
 )
+from vllm_dvlm.synthetic.checkpoint_files import Ids
 
 
 @dataclasses.dataclass(frozen=True)

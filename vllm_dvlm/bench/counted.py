@@ -1,12 +1,12 @@
 """What a generation costs by count, for shapes that are not at hand: LLaDA-V's 8B model beside the one that is timed.
 
-The formula is the engine's own (``terms.step_flops``); vocabulary logits, which it leaves out, are counted here.
+The formula is the engine's own (``steps.step_flops``); vocabulary logits, which it leaves out, are counted here.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
-from vllm_dvlm.terms import Plan, forward_flops, pruned_prompt_len, step_flops
+from vllm_dvlm.steps import Plan, forward_flops, pruned_prompt_len, step_flops
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dvlm.bench import digit_questions as digits
 from vllm_dvlm.bench.common import Row, add_output_arguments, describe_run, progress, report
 from vllm_dvlm.bench.scale_plan import DEMO_KV_BYTES, num_gpus
 from vllm_dvlm.bench.scale_run import Engine, free_port, is_busy, running
 from vllm_dvlm.bench.scoring import is_match, wilson_interval
 from vllm_dvlm.bench.serving_load import MODEL_NAME
+from vllm_dvlm.synthetic import digit_questions as digits
 
 NUMBERS = [str(number) for number in range(10)]
 # Places have 144 names, more than a question has options, and are left out.

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dvlm.bench import child, engine_env
-from vllm_dvlm.bench.checkpoint_files import SIZES_8B, Sizes
 from vllm_dvlm.bench.common import Row, add_output_arguments, format_table, report
 from vllm_dvlm.bench.engine_job import Job, Result, check_goldens, default_goldens
+from vllm_dvlm.synthetic.checkpoint_files import SIZES_8B, Sizes
 
 MID = Sizes(hidden=512, layers=8, heads=8, intermediate=1536)
 MID_QUICK = Sizes(hidden=256, layers=4, heads=4, intermediate=768)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_dvlm.bench.checkpoint_files import Sizes
 from vllm_dvlm.bench.common import Row
+from vllm_dvlm.synthetic.checkpoint_files import Sizes
 
 Time = tuple[float, float]  # seconds: wall, and processor time of all threads
 

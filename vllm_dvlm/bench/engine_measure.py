@@ -16,13 +16,13 @@ from PIL import Image
 
 from vllm_dvlm.bench import baselines
 from vllm_dvlm.bench.baselines import LoopTiming, cached_options, exact_options, time_lean_loop, time_official_loop
-from vllm_dvlm.bench.checkpoint_files import Ids, Sizes
 from vllm_dvlm.bench.common import describe_run, peak_rss_bytes, progress, rss_bytes
 from vllm_dvlm.bench.counted import Generation, Shape, work_shares
 from vllm_dvlm.bench.engine_host import EngineHost, StepTime, model_shape, request
 from vllm_dvlm.bench.engine_job import Job, Result, Time
-from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
-from vllm_dvlm.bench.reference.model import Prompt, ReferenceModel, conversation
+from vllm_dvlm.reference.model import Prompt, ReferenceModel, conversation
+from vllm_dvlm.synthetic.checkpoint_files import Ids, Sizes
+from vllm_dvlm.synthetic.random_checkpoint import write_random_checkpoint
 
 QUESTION = "<image>\nPlease describe this image in detail."
 OFFICIAL_CHUNK_ROWS = 128  # 320 MB of logits and float64 softmax at a time; the original holds all rows at once

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 
 from vllm_dvlm.bench.common import progress
-from vllm_dvlm.selftest import tiny_checkpoint
+from vllm_dvlm.synthetic import tiny_checkpoint
 
 if TYPE_CHECKING:
     from vllm_dvlm.bench.engine_host import EngineHost, Request

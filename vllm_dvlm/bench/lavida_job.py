@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from vllm_dvlm.bench import pruning_job
-from vllm_dvlm.bench.checkpoint_files import Sizes
 from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.synthetic.checkpoint_files import Sizes
 
 FIGURES = {
     "L2": "prefix cache against full attention, engine against plain loops",

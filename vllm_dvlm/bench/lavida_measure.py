@@ -16,9 +16,9 @@ from vllm_dvlm.bench.engine_host import model_shape, request
 from vllm_dvlm.bench.engine_job import Result, Time
 from vllm_dvlm.bench.engine_measure import BATCH, Side, make_image, measure_batch, overhead_ms, text_prompt
 from vllm_dvlm.bench.lavida_job import STEP_RATIO, Job
-from vllm_dvlm.bench.random_lavida import write_random_lavida
-from vllm_dvlm.bench.reference.lavida_loops import LavidaOptions, LavidaResult, lean_loop, official_loop
-from vllm_dvlm.bench.reference.lavida_model import LavidaModel
+from vllm_dvlm.reference.lavida_loops import LavidaOptions, LavidaResult, lean_loop, official_loop
+from vllm_dvlm.reference.lavida_model import LavidaModel
+from vllm_dvlm.synthetic.random_lavida import write_random_lavida
 
 # The gain of the prefix cache that the LaViDa paper reports, and the engine against the lean loop.
 CACHE_TARGET, LEAN_TARGET = 3.9, 1.1

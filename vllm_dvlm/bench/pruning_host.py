@@ -17,15 +17,15 @@ import numpy as np
 from PIL import Image
 from vllm import LLM, SamplingParams
 
-from vllm_dvlm.bench.checkpoint_files import Sizes
 from vllm_dvlm.bench.common import Row, describe_run, peak_rss_bytes
 from vllm_dvlm.bench.engine_env import PROCESS_ENV
 from vllm_dvlm.bench.pruning_job import CACHED, Job
-from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
-from vllm_dvlm.bench.random_lavida import write_random_lavida
-from vllm_dvlm.bench.reference.model import conversation, prompt_token_ids
-from vllm_dvlm.models.anyres import ImageLayoutConfig, lavida_layout, num_visual_tokens
-from vllm_dvlm.terms import cdiv, pruned_prompt_len
+from vllm_dvlm.checkpoint.anyres import ImageLayoutConfig, lavida_layout, num_visual_tokens
+from vllm_dvlm.reference.model import conversation, prompt_token_ids
+from vllm_dvlm.steps import cdiv, pruned_prompt_len
+from vllm_dvlm.synthetic.checkpoint_files import Sizes
+from vllm_dvlm.synthetic.random_checkpoint import write_random_checkpoint
+from vllm_dvlm.synthetic.random_lavida import write_random_lavida
 from vllm_dvlm.worker import sampler as sampler_module
 
 Request = tuple[dict[str, Any], SamplingParams]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from vllm_dvlm.bench import child
-from vllm_dvlm.bench.checkpoint_files import IMAGE_8B, SIZES_8B, Sizes
 from vllm_dvlm.bench.common import Row, add_output_arguments
 from vllm_dvlm.pruning.names import METHODS
+from vllm_dvlm.synthetic.checkpoint_files import IMAGE_8B, SIZES_8B, Sizes
 
 # Heads of 64 channels: a size that the CPU attention kernels have, so that nothing is padded.
 SIZES = Sizes(hidden=384, layers=6, heads=6, intermediate=1152)

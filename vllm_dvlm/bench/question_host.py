@@ -21,10 +21,10 @@ from vllm_dvlm.bench.question_job import Job
 from vllm_dvlm.bench.questions import Item
 from vllm_dvlm.bench.scoring import is_match
 from vllm_dvlm.bench.settings_grid import Setting
-from vllm_dvlm.models.anyres import num_visual_tokens
-from vllm_dvlm.models.configuration import load_config, resolve_vision_config
-from vllm_dvlm.models.renderer import IMAGE_PLACEHOLDER, default_template
-from vllm_dvlm.terms import cdiv, round_up
+from vllm_dvlm.checkpoint.anyres import num_visual_tokens
+from vllm_dvlm.checkpoint.configuration import load_config, resolve_vision_config
+from vllm_dvlm.checkpoint.renderer import IMAGE_PLACEHOLDER, default_template
+from vllm_dvlm.steps import cdiv, round_up
 
 KV_BLOCK_SIZE = 32
 # A prompt more than this is not run together with others in one step.

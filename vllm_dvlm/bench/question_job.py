@@ -90,7 +90,7 @@ def model_of(name: str | None) -> str:
 
 def family_and_layers(model: str) -> tuple[Family, int]:
     """Family and number of text layers of a checkpoint. ValueError if its config cannot be read."""
-    from vllm_dvlm.models.configuration import load_config
+    from vllm_dvlm.checkpoint.configuration import load_config
 
     try:
         config = load_config(model)

@@ -183,7 +183,7 @@ def load_items(path: str | None, num: int, seed: int) -> tuple[list[Item], list[
 
 
 def _demo_questions(num: int, seed: int) -> list[Any]:
-    from vllm_dvlm.bench import digit_questions
+    from vllm_dvlm.synthetic import digit_questions
 
     return digit_questions.held_out(num, seed)
 

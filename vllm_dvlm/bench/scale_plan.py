@@ -134,7 +134,7 @@ def num_gpus() -> int:
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """From parsed options. ValueError, which names the remedy, for those that cannot be met."""
     from vllm_dvlm.bench.question_job import model_of
-    from vllm_dvlm.models.configuration import load_config
+    from vllm_dvlm.checkpoint.configuration import load_config
 
     slots = arguments.max_num_seqs
     per_replica = 2 * slots if arguments.concurrency_per_replica is None else arguments.concurrency_per_replica

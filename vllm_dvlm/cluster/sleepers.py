@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from vllm_dvlm.bench.sleeper import Sleeper
+from vllm_dvlm.cluster.sleeper import Sleeper
 
 APP = "sleepers"
 

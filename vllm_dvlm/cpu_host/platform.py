@@ -106,7 +106,7 @@ class DvlmCpuPlatform(_Base):
         """Let ``admission`` see the prompt's token ids; its ValueError becomes HTTP 400."""
         super().validate_request(processed_inputs, params)
         # Looked up, not imported: only a process that serves one of our models has loaded it.
-        admission = sys.modules.get("vllm_dvlm.admission")
+        admission = sys.modules.get("vllm_dvlm.serving.admission")
         if admission is not None:
             admission.validate_request(processed_inputs, params)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_dvlm.terms import steps_on_grid, steps_per_block
+from vllm_dvlm.steps import steps_on_grid, steps_per_block
 
 if TYPE_CHECKING:
     from vllm_dvlm.placement import ResolvedParams

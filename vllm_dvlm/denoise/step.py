@@ -114,7 +114,7 @@ def take_step(
     stop = _first(_is_in(proposed, stop_token_ids) & committed, state.stop)
     prefix = torch.minimum(_first(still_masked, tokens.shape[1]), state.canvas_len)
 
-    # The scheduler follows the same rule with the same numbers: terms.advance.
+    # The scheduler follows the same rule with the same numbers: steps.advance.
     step = state.step_in_block + 1
     used_up = (step >= state.steps_per_block) & ~by_threshold
     limit = torch.where(stop >= 0, stop, state.canvas_len)

@@ -22,7 +22,7 @@ LAVIDA_LLADA = Family(
     architecture="LlavaLladaForMaskedDiffusion",
     model_type="llava_llada",
     model="vllm_dvlm.models.lavida:LlavaLladaForMaskedDiffusion",
-    config="vllm_dvlm.models.lavida_configuration:LavidaLladaConfig",
+    config="vllm_dvlm.checkpoint.lavida_configuration:LavidaLladaConfig",
     tokens=TokenTexts(mask="<|mdm_mask|>", end_of_turn="<|eot_id|>", bos="<|startoftext|>", eos="<|endoftext|>"),
     # The same conversation as LLaDA-V's.
     chat_template="llava_llada.jinja",
@@ -45,7 +45,7 @@ LAVIDA_DREAM = replace(
     architecture="LlavaDreamForMaskedDiffusion",
     model_type="llava_dream",
     model="vllm_dvlm.models.lavida:LlavaDreamForMaskedDiffusion",
-    config="vllm_dvlm.models.lavida_configuration:LavidaDreamConfig",
+    config="vllm_dvlm.checkpoint.lavida_configuration:LavidaDreamConfig",
     tokens=TokenTexts(mask="<|mask|>", end_of_turn="<|im_end|>", bos="<|beginoftext|>", eos="<|endoftext|>"),
     chat_template="lavida_dream.jinja",
     # The official evaluation wrapper's max_new_tokens; no script predicts with Dream.

@@ -17,10 +17,10 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from vllm_dvlm.checkpoint.configuration import resolve_image_token_id, resolve_token_ids
+from vllm_dvlm.checkpoint.processing import TileDummyInputsBuilder, TileMultiModalProcessor, TileProcessingInfo
 from vllm_dvlm.families import Family
-from vllm_dvlm.models.configuration import resolve_image_token_id, resolve_token_ids
 from vllm_dvlm.models.llada import LLaDAModel
-from vllm_dvlm.models.processing import TileDummyInputsBuilder, TileMultiModalProcessor, TileProcessingInfo
 from vllm_dvlm.models.vision import VisionStack
 
 if TYPE_CHECKING:

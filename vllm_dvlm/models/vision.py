@@ -18,8 +18,8 @@ from vllm.model_executor.models.siglip import SiglipVisionModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.model_executor.models.vision import is_vit_use_data_parallel, run_dp_sharded_vision_model
 
-from vllm_dvlm.models.anyres import arrange
-from vllm_dvlm.models.configuration import resolve_vision_config
+from vllm_dvlm.checkpoint.anyres import arrange
+from vllm_dvlm.checkpoint.configuration import resolve_vision_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

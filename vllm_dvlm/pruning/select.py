@@ -12,7 +12,7 @@ def select(importance: torch.Tensor, keep_count: int) -> torch.Tensor:
 
     Args:
         importance: [N] float32.
-        keep_count: 1 .. N, from ``terms.num_kept``.
+        keep_count: 1 .. N, from ``steps.num_kept``.
 
     Returns:
         [keep_count] int64.

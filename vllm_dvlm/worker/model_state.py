@@ -21,10 +21,10 @@ from vllm_dvlm.models.forward_plan import ForwardPlan
 from vllm_dvlm.options import PLACED_KEY, RESUME_KEY
 from vllm_dvlm.placement import ResolvedParams
 from vllm_dvlm.settings import ServerSettings
-from vllm_dvlm.terms import Position, Resume, VisualSpan
+from vllm_dvlm.steps import Position, Resume, VisualSpan
 from vllm_dvlm.worker.attention_rows import AttentionRows, MetadataBuilder
 from vllm_dvlm.worker.embeddings import StepEmbeddings
-from vllm_dvlm.worker.image_maps import describe_images
+from vllm_dvlm.worker.image_layouts import describe_images
 from vllm_dvlm.worker.logprobs import LogprobTable
 from vllm_dvlm.worker.pruning import StepPruner
 from vllm_dvlm.worker.sampler import DiffusionSampler

@@ -21,7 +21,7 @@ from vllm_dvlm.kv.layout import PageLayout, probe_cpu_layout
 from vllm_dvlm.models.probe import attention_to_columns
 from vllm_dvlm.pruning import StepView, create
 from vllm_dvlm.pruning.select import kept_prompt_rows, select
-from vllm_dvlm.worker.image_maps import visual_places
+from vllm_dvlm.worker.image_layouts import visual_places
 from vllm_dvlm.worker.step_batch import PruneJob
 from vllm_dvlm.worker.transfer import to_device
 

@@ -30,7 +30,7 @@ from vllm_dvlm.denoise.confidence import (
 )
 from vllm_dvlm.denoise.noise import row_keys
 from vllm_dvlm.denoise.step import StepOutput, candidates, take_step
-from vllm_dvlm.terms import LOST
+from vllm_dvlm.steps import LOST
 from vllm_dvlm.worker.canvas_views import views_of
 from vllm_dvlm.worker.logprobs import RowLogprobs, collect, row_logprobs, rows_of
 from vllm_dvlm.worker.transfer import to_device

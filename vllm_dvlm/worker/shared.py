@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 
+    from vllm_dvlm.checkpoint.configuration import TokenIds
     from vllm_dvlm.families import Family
-    from vllm_dvlm.models.configuration import TokenIds
     from vllm_dvlm.models.forward_plan import ForwardPlan
     from vllm_dvlm.settings import ServerSettings
     from vllm_dvlm.worker.states import CanvasStates, RequestSlot

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_dvlm.terms import Position
+from vllm_dvlm.steps import Position
 from vllm_dvlm.worker.states import COLUMN
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 
 from vllm_dvlm.denoise.step import Canvases
 from vllm_dvlm.placement import MASKED, ResolvedParams, Texts
-from vllm_dvlm.terms import Plan, Position, VisualSpan
+from vllm_dvlm.steps import Plan, Position, VisualSpan
 from vllm_dvlm.worker.transfer import to_device
 
 if TYPE_CHECKING:

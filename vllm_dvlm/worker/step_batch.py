@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vllm_dvlm.denoise.schedule import planned_count
-from vllm_dvlm.terms import step_at
+from vllm_dvlm.steps import step_at
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
 
 if TYPE_CHECKING:

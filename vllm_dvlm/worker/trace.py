@@ -19,7 +19,7 @@ import numpy as np
 from vllm import envs
 from vllm.logger import init_logger
 
-from vllm_dvlm.terms import Plan, Position, step_flops
+from vllm_dvlm.steps import Plan, Position, step_flops
 
 if TYPE_CHECKING:
     from vllm_dvlm.worker.states import RequestSlot

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 def write_checkpoint(folder: Path, seed: int) -> Path:
     """A small random model with the real vocabulary."""
     from vllm_dvlm.bench.abuse.job import SIZES
-    from vllm_dvlm.bench.random_checkpoint import write_random_checkpoint
+    from vllm_dvlm.synthetic.random_checkpoint import write_random_checkpoint
 
     return write_random_checkpoint(folder, SIZES, seed)
 

@@ -8,7 +8,7 @@ import io
 import random
 from typing import TYPE_CHECKING, Any
 
-from vllm_dvlm.bench.checkpoint_files import MASK
+from vllm_dvlm.synthetic.checkpoint_files import MASK
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -4,7 +4,7 @@ import dataclasses
 import random
 from pathlib import Path
 
-from vllm_dvlm.bench.checkpoint_files import Sizes
+from vllm_dvlm.synthetic.checkpoint_files import Sizes
 
 # The golden shape, but 64 visual tokens per tile instead of 729: requests are short, and pictures are still pruned.
 SIZES = Sizes(patch=48)
