@@ -48,6 +48,22 @@ def test_the_server_is_vllms_own(served, questions):
     assert json.loads(served.ask("/tokenize", {"model": "demo", "prompt": "the 7"})[2])["count"] == 2
 
 
+def test_page_canvases_and_decisions_pass_the_router(served, questions):
+    status, headers, text = served.ask("/dvlm")
+    assert status == 200 and headers["content-type"].startswith("text/html") and "page.js" in text
+    body = questions[0] | {"stream": True, "max_tokens": 64}
+    body |= {"vllm_xargs": body["vllm_xargs"] | {"diffusion_canvas_length": 64, "diffusion_stream": "provisional"}}
+    text = served.ask(CHAT, body)[2]
+    assert '"event": "pruned"' in text and '"event": "snapshot"' in text and '"kv_transfer_params"' in text
+    question = {"type": "choice", "instructions": "how many 7 are there?", "criteria": dict.fromkeys("0123456789")}
+    picture = questions[0]["messages"][0]["content"][0]["image_url"]["url"]
+    asked = {"model": "demo", "state": None, "images": [picture], "questions": {"sevens": question}}
+    status, _, text = served.ask("/v1/systemone", asked | {"chat_template_kwargs": {"decision_labels": "words"}})
+    assert status == 200, text
+    shares = json.loads(text)["answers"]["sevens"]["probabilities"]
+    assert len(shares) == 10 and abs(sum(shares.values()) - 1) < 1e-6
+
+
 def test_replicas_share_the_load_and_the_metrics_page_shows_both(served, questions):
     before = served.answered()
     with ThreadPoolExecutor(8) as pool:

@@ -15,6 +15,7 @@ from tests.ray.served import CHAT, ROOT, Load, Served, check, picture_questions,
 
 RAY_EXAMPLES = ROOT / "examples" / "ray"
 TINY = ["--served-model-name", "demo", "--dtype", "float32", "--kv-cache-memory-bytes", str(2**27)]
+STOP_S = 180  # `serve run` waits for the replicas, each of which may finish what it has begun
 TEXT = {"model": "demo", "prompt": "the 7", "max_tokens": 16, "temperature": 0}
 
 
@@ -60,7 +61,7 @@ def test_a_config_file_names_the_same_application(cluster, tmp_path):
         assert status == 200 and headers["x-vllm-dvlm"] and text_of(text, False)
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(STOP_S)
 
 
 def test_the_kubernetes_manifest_names_the_same_application():
