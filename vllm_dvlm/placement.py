@@ -229,14 +229,13 @@ def place(
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}: the canvas needs a position")
     # What nobody names vLLM fills in with all that fits.
-    is_unnamed = opts.diffusion_canvas_length is None and settings.default_canvas_length is not None
-    is_unnamed &= max_tokens is None or max_tokens == room
-    if is_unnamed:
-        most = settings.default_canvas_length if room is None else room
-        max_tokens = max(1, min(settings.default_canvas_length, most))
+    is_unnamed, default = False, settings.default_canvas_length
+    if default is not None and opts.diffusion_canvas_length is None and (max_tokens is None or max_tokens == room):
+        is_unnamed = True
+        max_tokens = max(1, default if room is None else min(default, room))
     canvas, block = _canvas_and_block(asked, max_tokens, settings.max_canvas_length, room, len(texts.suffix_ids))
     steps = opts.diffusion_max_steps
-    if is_unnamed and canvas == settings.default_canvas_length and opts.diffusion_block_length is steps is None:
+    if is_unnamed and canvas == default and opts.diffusion_block_length is steps is None:
         block, steps = settings.default_block_length or canvas, settings.default_max_steps
     num_blocks = canvas // block
     if steps is None:

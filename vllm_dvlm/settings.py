@@ -109,7 +109,7 @@ class ServerSettings:
     def for_model(self, num_layers: int, family: Family) -> ServerSettings:
         """The settings with what the model says where they say nothing."""
         canvas = self.default_canvas_length or min(family.default_canvas_len, self.max_canvas_length)
-        blocks = {}
+        blocks: dict[str, Any] = {}
         if canvas == family.default_canvas_len:
             blocks = {"default_block_length": family.default_block_len, "default_max_steps": family.default_steps}
         return replace(

@@ -52,6 +52,18 @@ def test_rows_are_xformers_blocks(batch):
     assert torch.equal(mask.materialize((num, num)), mask_of(batch))
 
 
+@pytest.mark.parametrize("is_apart", [True, False])
+def test_guidance_rows_are_blocks_as_well(is_apart):
+    """A canvas behind the question and the same canvas behind none, as guidance would ask: two sequences that do not
+    see each other."""
+    first, second = (6, 4), (3, 4)
+    ends = [6, 10, 13, 17] if is_apart else [10, 17]
+    keys = [0, 0, 10, 10] if is_apart else [0, 10]
+    spans = list(zip([0, *ends[:-1]], ends, keys, strict=True))
+    mask = whole_attention.gappy_mask(spans).materialize((17, 17))
+    assert torch.equal(mask, mask_of([(*first, is_apart), (*second, is_apart)]))
+
+
 @settings(max_examples=30, deadline=None)
 @given(batch=requests, grouped=st.booleans(), subset=st.integers(0, 2**30))
 def test_torch_against_the_matrix(batch, grouped, subset):
