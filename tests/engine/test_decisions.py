@@ -124,7 +124,7 @@ def test_bench_measures(server, asked):
     arguments = argparse.Namespace(at_once=4, canvas=8, alone=8)
     rows, figures, (error, bins) = bench.measure(bench.Server(server.port, MODEL), asked, bench.groups(2, 1), arguments)
     num = sum(map(len, bench.groups(2, 1)))
-    assert [row["questions"] for row in rows] == [40, 40, 40, num, num, num]
+    assert [row["questions"] for row in rows] == [40, 40, 40, num, num, num, num]
     assert rows[1]["right"] == rows[2]["right"] >= 0.85 and figures["C3_same_answer_one_at_a_time"] == 1
     assert 0 <= error <= 1 and sum(num for _, _, num in bins) == 40 and figures["C3_times_generating"] > 1
 

@@ -1,8 +1,8 @@
 """`vllm-dvlm bench decisions`: decisions in one forward pass against generating the same answers.
 
-The demo model's questions about held-out pictures, over HTTP: generated one at a time, decided one at a time, decided
-several at once; and all questions about one picture in one request, read apart and jointly. Accuracy with its interval,
-calibration (expected calibration error, reliability plot), questions per second.
+The demo model's questions about held-out pictures, from a `vllm serve`: generated one at a time, decided one at a time,
+decided several at once; and all questions about one picture in one request, read apart and jointly. All ways in turns.
+Accuracy with its interval, calibration (expected calibration error, reliability plot), questions per second.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import argparse
 import base64
 import concurrent.futures
 import io
+import itertools
 import json
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ NUMBERS = [str(number) for number in range(10)]
 # Places have 144 names, more than a question has options, and are left out.
 OPTIONS = {"colour": list(digits.COLOURS), "digit": NUMBERS, "beside": NUMBERS, "count": NUMBERS}
 BINS = 10
+ROUNDS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,13 +160,7 @@ def calibration(decided: Sequence[Decided], right: Sequence[bool]) -> tuple[floa
     return error, found
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    begin = time.perf_counter()
-    found = work()
-    return found, time.perf_counter() - begin
-
-
-def _row(name: str, right: Sequence[bool], num: int, seconds: float) -> Row:
+def _row(name: str, right: Sequence[bool], per_s: float) -> Row:
     low, high = wilson_interval(sum(right), len(right))
     share = sum(right) / len(right)
     return {
@@ -173,7 +169,7 @@ def _row(name: str, right: Sequence[bool], num: int, seconds: float) -> Row:
         "right": share,
         "low": low,
         "high": high,
-        "questions/s": num / seconds,
+        "questions/s": per_s,
     }
 
 
@@ -191,7 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
     asked, several = questions(arguments.num, arguments.seed), groups(arguments.pictures, arguments.seed)
     with (
         tempfile.TemporaryDirectory(prefix="vllm-dvlm-bench-") as folder,
-        running(engine.plain(port, 1), port, Path(folder) / "server.log", 1),
+        running(engine.alone(port, 1), port, Path(folder) / "server.log"),
     ):
         busy = is_busy()
         rows, figures, found = measure(Server(port), asked, several, arguments)
@@ -201,6 +197,54 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+class Ways:
+    """Ways to ask: each with its questions and answers, and the seconds that they took."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[tuple[Asked, Any]]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def ask(self, name: str, asked: Sequence[Asked], answers: Callable[[], Iterable[Any]]) -> None:
+        """Take the time of `answers`, one for each question."""
+        begin = time.perf_counter()
+        found = list(answers())
+        self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - begin
+        self.found.setdefault(name, []).extend(zip(asked, found, strict=True))
+
+    def rate(self, name: str) -> float:
+        """Questions per second."""
+        return len(self.found[name]) / self.seconds[name]
+
+    def right(self, name: str) -> list[bool]:
+        pairs = self.found[name]
+        return [a.answer == q.answer if isinstance(a, Decided) else is_match(a, [q.answer]) for q, a in pairs]
+
+
+def _ask_all(
+    server: Server, asked: Sequence[Asked], several: Sequence[Sequence[Asked]], arguments: argparse.Namespace
+) -> Ways:
+    """Every way in turns, so that what slows the machine down slows all of them down."""
+    canvas, ways, join = arguments.canvas, Ways(), itertools.chain.from_iterable
+    alone = asked[: arguments.alone]
+    with concurrent.futures.ThreadPoolExecutor(arguments.at_once) as pool:
+
+        def ask(one: Sequence[Asked], every: Sequence[Asked], groups: Sequence[Sequence[Asked]]) -> None:
+            own = list(join(groups))
+            ways.ask("generated", one, lambda: (server.generate(a, canvas) for a in one))
+            ways.ask("decided", one, lambda: (server.decide([a])[0] for a in one))
+            ways.ask("decided at once", every, lambda: pool.map(lambda a: server.decide([a])[0], every))
+            # The same questions, all of them generated, for accuracy alone.
+            ways.ask("all generated", every, lambda: pool.map(lambda a: server.generate(a, canvas), every))
+            ways.ask("several generated", own, lambda: (server.generate(a, canvas) for a in own))
+            ways.ask("several", own, lambda: join(map(server.decide, groups)))
+            ways.ask("several at once", own, lambda: join(pool.map(server.decide, groups)))
+            ways.ask("several joint", own, lambda: join(server.decide(group, "joint") for group in groups))
+
+        for turn in progress(range(ROUNDS), "turns"):
+            ask(alone[turn::ROUNDS], asked[turn::ROUNDS], several[turn::ROUNDS])
+    return ways
+
+
 def measure(
     server: Server, asked: Sequence[Asked], several: Sequence[Sequence[Asked]], arguments: argparse.Namespace
 ) -> tuple[list[Row], Row, tuple[float, list[tuple[float, float, int]]]]:
@@ -208,46 +252,42 @@ def measure(
     for each in asked[: arguments.at_once]:  # warms up
         server.generate(each, arguments.canvas)
         server.decide([each])
-    alone = asked[: arguments.alone]
-    _, generating = _timed(lambda: [server.generate(a, arguments.canvas) for a in progress(alone, "generate")])
-    singly, deciding = _timed(lambda: [server.decide([a])[0] for a in progress(alone, "decide")])
-    with concurrent.futures.ThreadPoolExecutor(arguments.at_once) as pool:
-        decided, together = _timed(lambda: list(pool.map(lambda a: server.decide([a])[0], asked)))
-        # The same questions, all of them generated, for accuracy alone.
-        generated = list(pool.map(lambda a: server.generate(a, arguments.canvas), asked))
-    right_text = [is_match(text, [a.answer]) for text, a in zip(generated, asked, strict=True)]
-    right = [d.answer == a.answer for d, a in zip(decided, asked, strict=True)]
-    rows = [
-        _row("generated, one at a time", right_text, len(alone), generating),
-        _row("decided, one at a time", right, len(alone), deciding),
-        _row(f"decided, {arguments.at_once} at a time", right, len(asked), together),
-    ]
-    each_of = [question for group in several for question in group]
-    wanted = [question.answer for question in each_of]
-    texts, seconds = _timed(lambda: [server.generate(q, arguments.canvas) for q in progress(each_of, "generate")])
-    rightly = [is_match(text, [answer]) for text, answer in zip(texts, wanted, strict=True)]
-    rows.append(_row("several a picture: generated, one at a time", rightly, len(rightly), seconds))
-    for reading in ("separate", "joint"):
-        found, seconds = _timed(lambda way=reading: [server.decide(g, way) for g in progress(several, way)])
-        made = [decision.answer for group in found for decision in group]
-        rightly = [answer == own for answer, own in zip(made, wanted, strict=True)]
-        rows.append(_row(f"several a picture: decided, {reading}", rightly, len(rightly), seconds))
-    by_kind = {kind: [r for r, a in zip(right, asked, strict=True) if a.kind == kind] for kind in OPTIONS}
-    error, bins = calibration(decided, right)
-    same = [a.answer == b.answer for a, b in zip(singly, decided, strict=False)]
+    ways = _ask_all(server, asked, several, arguments)
+    at_once = f"{arguments.at_once} at a time"
+    table = (  # title, way, the way that tells how many are right
+        ("generated, one at a time", "generated", "all generated"),
+        ("decided, one at a time", "decided", "decided at once"),
+        (f"decided, {at_once}", "decided at once", "decided at once"),
+        ("several a picture: generated, one at a time", "several generated", "several generated"),
+        ("several a picture: decided", "several", "several"),
+        (f"several a picture: decided, {at_once}", "several at once", "several at once"),
+        ("several a picture: decided jointly", "several joint", "several joint"),
+    )
+    rows = [_row(title, ways.right(judged), ways.rate(way)) for title, way, judged in table]
+    rate = {way: ways.rate(way) for way in ways.found}
+    share = {way: sum(ways.right(way)) / len(ways.found[way]) for way in ways.found}
+    together, generated = dict(ways.found["decided at once"]), dict(ways.found["all generated"])
+    right = {q: d.answer == q.answer for q, d in together.items()}
+    right_text = {q: is_match(text, [q.answer]) for q, text in generated.items()}
+    singly = ways.found["decided"]
+    error, bins = calibration([d for _, d in ways.found["decided at once"]], ways.right("decided at once"))
     figures: Row = {
-        "C3_times_generating": rows[2]["questions/s"] / rows[0]["questions/s"],
-        "C3_times_generating_one_at_a_time": rows[1]["questions/s"] / rows[0]["questions/s"],
-        "C3_right_minus_generated": rows[2]["right"] - rows[0]["right"],
-        "C3_only_decided_right": sum(a and not b for a, b in zip(right, right_text, strict=True)),
-        "C3_only_generated_right": sum(b and not a for a, b in zip(right, right_text, strict=True)),
-        "C3_same_answer_one_at_a_time": sum(same) / len(same),
-        "C3_several_times_generating": rows[4]["questions/s"] / rows[3]["questions/s"],
-        "C3_several_right_minus_generated": rows[4]["right"] - rows[3]["right"],
-        "C3_joint_times_separate": rows[5]["questions/s"] / rows[4]["questions/s"],
-        "C3_joint_right_minus_separate": rows[5]["right"] - rows[4]["right"],
+        "C3_times_generating": rate["decided at once"] / rate["generated"],
+        "C3_times_generating_one_at_a_time": rate["decided"] / rate["generated"],
+        "C3_right_minus_generated": share["decided at once"] - share["all generated"],
+        "C3_only_decided_right": sum(right[q] and not right_text[q] for q in right),
+        "C3_only_generated_right": sum(right_text[q] and not right[q] for q in right),
+        "C3_same_answer_one_at_a_time": sum(together[q].answer == d.answer for q, d in singly) / len(singly),
+        "C3_several_times_generating": rate["several"] / rate["several generated"],
+        "C3_several_at_once_times_generating": rate["several at once"] / rate["several generated"],
+        "C3_several_right_minus_generated": share["several"] - share["several generated"],
+        "C3_joint_times_separate": rate["several joint"] / rate["several"],
+        "C3_joint_right_minus_separate": share["several joint"] - share["several"],
         "expected_calibration_error": error,
-    } | {f"right_{kind}": sum(each) / len(each) for kind, each in by_kind.items() if each}
+    }
+    for kind in OPTIONS:
+        if own := [is_right for q, is_right in right.items() if q.kind == kind]:
+            figures[f"right_{kind}"] = sum(own) / len(own)
     return rows, figures, (error, bins)
 
 

@@ -119,6 +119,10 @@ class Engine:
         module = ["-m", "vllm_dvlm.bench.plain_server", str(self.share)]
         return [sys.executable, *module, "--model", self.model, *self._options(port, ranks)]
 
+    def alone(self, port: int, ranks: int) -> list[str]:
+        """`vllm serve`, as it is without us."""
+        return [str(VLLM), "serve", self.model, *self._options(port, ranks)]
+
     def served(self, port: int, ranks: int, replicas: int, limit: int) -> list[str]:
         """Replicas behind Ray Serve."""
         command = [sys.executable, "-m", "vllm_dvlm.cli", "serve", self.model, "--replicas", str(replicas)]

@@ -18,6 +18,7 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm import SamplingParams
@@ -43,6 +44,8 @@ READINGS = ("separate", "joint")
 LEAST_CANVAS = 8
 # vLLM's bound on `logprob_token_ids`.
 MOST_IDS = 128
+# Characters of a text whose ids are remembered.
+SHORT = 32
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class CanvasStrategy(strategies.NextTokenStrategy):
         ReadStrategy.__init__(self, context)
         config = context.engine_client.model_config.hf_config
         self.mask, self.end = config.mask_token_id, config.end_of_turn_token_id
+        self._remembered = lru_cache(maxsize=4096)(self._encoded)
 
     def limits(self) -> DecisionLimits:
         return DecisionLimits(max_questions=64, max_options=len(LABELS))
@@ -80,8 +84,12 @@ class CanvasStrategy(strategies.NextTokenStrategy):
 
     # -- what is asked -----------------------------------------------------------------------------------------
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer().encode(text, add_special_tokens=False))
+    def _encoded(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer().encode(text, add_special_tokens=False))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Ids of an option or a number. Short ones are remembered: questions repeat their options."""
+        return self._remembered(text) if len(text) <= SHORT else self._encoded(text)
 
     def _slots(self, question: Question, kind: str, first: int) -> Slots:
         """Spellings of the options at the start of a reply, with a space in front and without."""
@@ -94,7 +102,7 @@ class CanvasStrategy(strategies.NextTokenStrategy):
             spellings = [ids for ids in (self._encode(f" {text}"), self._encode(text)) if ids]
             if kind == "letters":
                 spellings = [ids for ids in spellings if len(ids) == 1]
-            unique = [list(ids) for ids in dict.fromkeys(map(tuple, spellings))]
+            unique = [list(ids) for ids in dict.fromkeys(spellings)]
             if not unique:
                 raise StructuredDecisionError(
                     f"question {question.id!r}: {text!r} is not one token of this model; ask with "
@@ -185,9 +193,7 @@ class CanvasStrategy(strategies.NextTokenStrategy):
             engine_input, _ = await self._render(read_request, messages)
             return engine_input
 
-        async def answered(number: int, text: str, params: SamplingParams) -> RequestOutput:
-            """Rendered and sent on at once: the engine reads the first while the next is being rendered."""
-            engine_input = await rendered(text)
+        async def answered(number: int, engine_input: EngineInput, params: SamplingParams) -> RequestOutput:
             result = None
             async for result in self.context.engine_client.generate(  # noqa: B007 - the last one counts
                 engine_input,
@@ -212,8 +218,13 @@ class CanvasStrategy(strategies.NextTokenStrategy):
                 slots = [self._slots(question, kind, 0)]
                 params = self._params(slots, max(LEAST_CANVAS, slots[0].width), None)
                 work.append((self._ask(question, kind), params, slots))
-        tasks = [asyncio.ensure_future(answered(i, text, params)) for i, (text, params, _) in enumerate(work)]
+        tasks: list[asyncio.Future[Any]] = []
         try:
+            inputs = await asyncio.gather(*(rendered(text) for text, _, _ in work))
+            tasks = [
+                asyncio.ensure_future(answered(i, engine_input, params))
+                for i, (engine_input, (_, params, _)) in enumerate(zip(inputs, work, strict=True))
+            ]
             results = await asyncio.gather(*tasks)
         except ValueError as error:  # what admission says of prompt and pictures
             raise StructuredDecisionError(str(error)) from error
