@@ -103,17 +103,22 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def connect(num_replicas: int, num_gpus: int, environment: dict[str, str] | None = None) -> None:
+def connect(
+    num_replicas: int, num_gpus: int, environment: dict[str, str] | None = None, with_dashboard: bool = True
+) -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this host; ValueError if it is too small.
 
-    environment: variables of the processes that are started there.
+    environment: variables of the processes that are started there. with_dashboard: of a cluster that starts here;
+    its processes take a share of the cores.
     """
     from vllm_dvlm.cluster import head
 
     address = os.environ.get("RAY_ADDRESS")
     if address and (found := head.silence(address, num_replicas * num_gpus)) is not None:
         raise ValueError(found)
-    ray.init(address=address, log_to_driver=False, logging_level="WARNING", runtime_env={"env_vars": environment or {}})
+    alone: dict[str, Any] = {} if address or with_dashboard else {"include_dashboard": False}
+    variables = {"env_vars": environment or {}}
+    ray.init(address=address, log_to_driver=False, logging_level="WARNING", runtime_env=variables, **alone)
     have, kind = ray.cluster_resources(), "GPU" if num_gpus else "CPU"
     wanted = num_replicas * (num_gpus or 1)
     if have.get(kind, 0) < wanted:

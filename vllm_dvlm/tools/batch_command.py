@@ -62,7 +62,7 @@ def workers_of(arguments: argparse.Namespace, engine_arguments: list[str]) -> li
         raise ValueError(f"--replicas needs Ray: pip install 'vllm-dvlm[ray]' ({error})") from None
     replicas, in_flight = arguments.replicas, arguments.in_flight
     needed = resources.Resources.of(args, replicas)
-    actors.connect(replicas, needed.num_gpus)
+    actors.connect(replicas, needed.num_gpus, with_dashboard=False)
     return [actors.RayWorker(engine_arguments, number, needed, in_flight) for number in range(replicas)]
 
 
