@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.golden import cases, lavida_cases
 from vllm_dvlm.synthetic.lavida_files import DREAM
 
-FOLDER = Path(__file__).parents[1] / "vllm_dvlm" / "selftest"
+FOLDER = Path(__file__).parents[1] / "vllm_dvlm" / "tools" / "selftest"
 EOT_ID = 126348
 # Of one checkpoint: text, picture, cached with a threshold, cached with a suffix, pruned.
 LLADA_V = ("a1_text_single_block", "c1_steps_lt_gen", "g8_fast_blocks_r4_thr1", "h3_suffix_fast", "f1_redvtp_keep25")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.ray.conftest import free_port
-from tests.ray.served import CHAT, ROOT, Load, Served, check, picture_questions, processes, serving, text_of
+from tests.ray.served import CHAT, ROOT, Load, Served, check, picture_questions, processes, serving, text_of, wait_until
 
 RAY_EXAMPLES = ROOT / "examples" / "ray"
 TINY = ["--served-model-name", "demo", "--dtype", "float32", "--kv-cache-memory-bytes", str(2**27)]
@@ -43,6 +43,22 @@ def test_ranks_in_a_placement_group_say_what_one_rank_says(cluster, checkpoint, 
             assert status == 200, text
             found.append(json.loads(text)["choices"][0]["text"])
     assert found[0] == found[1] and len(set(found[0].split())) > 1
+
+
+def test_a_killed_rank_takes_its_replica_along(cluster, checkpoint, tmp_path):
+    """A rank that is an actor of Ray: requests that were with its engine are repeated on the new one."""
+    chat = {"model": "demo", "messages": [{"role": "user", "content": "the 7"}], "max_tokens": 16, "temperature": 0}
+    options = ["-tp", "2", "--distributed-executor-backend", "ray"]
+    with serving(tmp_path, *options, model=checkpoint(seed=0), engine=TINY) as served:
+        answer = text_of(served.ask(CHAT, chat)[2], False)
+        load = Load(served, [chat], num_at_once=4, share_of_streams=0.5)
+        load.wait(8)
+        ranks = processes("ray::RayWorkerProc")
+        os.kill(ranks[0], signal.SIGKILL)
+        wait_until(lambda: not set(ranks) & set(processes("ray::RayWorkerProc")))
+        load.wait(16)
+        check(load.stop(), [answer], num_lost=2)
+        served.wait(1)
 
 
 def test_a_config_file_names_the_same_application(cluster, tmp_path):

@@ -44,6 +44,8 @@ READINGS = ("separate", "joint")
 LEAST_CANVAS = 8
 # vLLM's bound on `logprob_token_ids`.
 MOST_IDS = 128
+# Questions of a request in the engine at a time: each takes its picture's pixels along.
+AT_ONCE = 16
 # Characters of a text whose ids are remembered.
 SHORT = 32
 
@@ -219,13 +221,16 @@ class CanvasStrategy(strategies.NextTokenStrategy):
                 params = self._params(slots, max(LEAST_CANVAS, slots[0].width), None)
                 work.append((self._ask(question, kind), params, slots))
         tasks: list[asyncio.Future[Any]] = []
+        results: list[RequestOutput] = []
         try:
-            inputs = await asyncio.gather(*(rendered(text) for text, _, _ in work))
-            tasks = [
-                asyncio.ensure_future(answered(i, engine_input, params))
-                for i, (engine_input, (_, params, _)) in enumerate(zip(inputs, work, strict=True))
-            ]
-            results = await asyncio.gather(*tasks)
+            for first in range(0, len(work), AT_ONCE):
+                part = work[first : first + AT_ONCE]
+                inputs = await asyncio.gather(*(rendered(text) for text, _, _ in part))
+                tasks = [
+                    asyncio.ensure_future(answered(number, engine_input, params))
+                    for number, (engine_input, (_, params, _)) in enumerate(zip(inputs, part, strict=True), start=first)
+                ]
+                results += await asyncio.gather(*tasks)
         except ValueError as error:  # what admission says of prompt and pictures
             raise StructuredDecisionError(str(error)) from error
         finally:
