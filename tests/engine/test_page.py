@@ -228,9 +228,14 @@ def test_stop(browser, server):
     panes = opened(browser, server)
     panes[0].find_element(By.CSS_SELECTOR, ".settings summary").click()
     slide(browser, panes[0], "max_tokens", 256)
-    browser.find_element(By.ID, "question").send_keys("tell me a long story", Keys.ENTER)
-    browser.find_element(By.ID, "stop").click()
-    WebDriverWait(browser, 30).until(lambda _: summary(panes[0]).startswith(("stopped", "done")))
+    browser.find_element(By.ID, "question").send_keys("tell me a long story")
+    for _ in range(10):  # a browser without the processor may come too late
+        browser.find_element(By.ID, "send").click()
+        browser.find_element(By.ID, "stop").click()
+        WebDriverWait(browser, 30).until(lambda _: summary(panes[0]).startswith(("stopped", "done")))
+        if summary(panes[0]) == "stopped":
+            break
+    assert summary(panes[0]) == "stopped"
     deadline = time.monotonic() + 20
     while "vllm:num_requests_running" in (page := server.http.get("/metrics").text):
         running = [line for line in page.splitlines() if line.startswith("vllm:num_requests_running")]

@@ -134,7 +134,7 @@ class Pane {
     $(".curl", this.root).textContent = `curl -N ${url} -H 'Content-Type: application/json' -d '${quoted}'`;
     const read = state.picture ? 'import base64\n\npicture = base64.b64encode(open("picture.png", "rb").read()).decode()\n' : "";
     const python = body.replace('"data:image/png;base64,PICTURE"', '"data:image/png;base64," + picture')
-      .replaceAll(": true", ": True").replace('"model"', '"model"');
+      .replaceAll(": true", ": True");
     $(".python", this.root).textContent = `import httpx\n${read}body = ${python}\nwith httpx.stream("POST", "${url}", json=body, timeout=None) as reply:\n    for line in reply.iter_lines():\n        print(line)`;
   }
 
