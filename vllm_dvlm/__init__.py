@@ -35,14 +35,14 @@ def register() -> None:
     from vllm_dvlm.checkpoint.dream_tokenizer import register_tokenizer
     from vllm_dvlm.checkpoint.renderer import register_renderer
     from vllm_dvlm.config import VerifyConfig
-    from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels, p002_validate_request
+    from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels, p002_validate_request, p004_waits_that_sleep
 
     upstream.check(p002_validate_request.PATCHES)
     if not current_platform.is_cpu():
         p002_validate_request.install()  # a CPU host's platform class is ours and does the same
     else:
-        # Only checked here, to fail at start-up; a worker on the CPU device installs them.
-        upstream.check(p001_cpu_torch_kernels.PATCHES)
+        # Only checked here, to fail at start-up; an engine and a worker on the CPU device install them.
+        upstream.check([*p001_cpu_torch_kernels.PATCHES, *p004_waits_that_sleep.PATCHES])
         # vLLM's bf16 attention kernel uses AMX tiles without asking Linux for permission and lives
         # on oneDNN having asked before. A small model may not reach oneDNN first: SIGILL. Permission
         # is per process and lost at exec, hence here.

@@ -24,6 +24,7 @@ from vllm_dvlm.counters import COUNTERS
 from vllm_dvlm.kv.groups import set_removed
 from vllm_dvlm.kv.release import release_tail
 from vllm_dvlm.options import PLACED_KEY, RESUME_KEY
+from vllm_dvlm.patches.vllm import p004_waits_that_sleep
 from vllm_dvlm.placement import check_lengths, place, read
 from vllm_dvlm.request import DiffusionRequest
 from vllm_dvlm.settings import ServerSettings
@@ -42,6 +43,8 @@ class DiffusionScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.vllm_config.device_config.device_type == "cpu":
+            p004_waits_that_sleep.install()
         # A step may emit no token at all.
         self.num_sampled_tokens_per_step = 0
         self.settings = ServerSettings.from_additional_config(self.vllm_config.additional_config)

@@ -293,6 +293,15 @@ def test_holding_back_is_linear(engine, monkeypatch):
     assert held == many[engine.scheduler.max_num_scheduled_tokens // 1000 :]
 
 
+def test_engine_and_worker_sleep_while_they_wait(engine):
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    from vllm_dvlm.patches.vllm import p004_waits_that_sleep
+
+    engine.use(cases.load("a1_text_single_block").build_args)
+    assert shm_broadcast.sched_yield is p004_waits_that_sleep.rest
+
+
 def test_requests_that_do_not_fit_the_kv_pool_wait(engine):
     """Ten requests of 31 KV blocks in a pool of 255: eight at a time, and none takes a step with fewer blocks."""
     engine.use({"seed": 0})

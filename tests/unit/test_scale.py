@@ -281,14 +281,14 @@ def test_a_sleeping_engine_answers_as_a_stream():
     import asyncio
 
     async def both():
-        sleeper = Sleeper([(0.01, 0.05)], slots=1, seed=0)
+        sleeper = Sleeper([(0.1, 0.5)], slots=1, seed=0)
         loop = asyncio.get_running_loop()
         begin = loop.time()
         answers = await asyncio.gather(reply(sleeper), reply(sleeper), reply(sleeper, "GET"))
         return loop.time() - begin, answers
 
     seconds, (first, second, health) = asyncio.run(both())
-    assert 0.1 <= seconds < 1 and first == second and health[0]["status"] == 200
+    assert seconds >= 1 and first == second and health[0]["status"] == 200
     events = b"".join(message.get("body", b"") for message in first).decode().split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]

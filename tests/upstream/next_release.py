@@ -212,9 +212,14 @@ def compare(old: Tree, new: Tree) -> list[Finding]:
 
 
 def _patched() -> list[str]:
-    from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels, p002_validate_request, p003_serving
+    from vllm_dvlm.patches.vllm import (
+        p001_cpu_torch_kernels,
+        p002_validate_request,
+        p003_serving,
+        p004_waits_that_sleep,
+    )
 
-    modules = (p001_cpu_torch_kernels, p002_validate_request, p003_serving)
+    modules = (p001_cpu_torch_kernels, p002_validate_request, p003_serving, p004_waits_that_sleep)
     patches = [patch for module in modules for patch in module.PATCHES]
     return sorted({source for patch in patches for source in (*patch.sources, patch.target)})
 

@@ -10,6 +10,7 @@ from vllm_dvlm import upstream
 from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels as p001
 from vllm_dvlm.patches.vllm import p002_validate_request as p002
 from vllm_dvlm.patches.vllm import p003_serving as p003
+from vllm_dvlm.patches.vllm import p004_waits_that_sleep as p004
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,11 +36,11 @@ def bark(self):
 
 
 def test_fingerprints_match_the_installed_vllm():
-    upstream.check([*p001.PATCHES, *p002.PATCHES, *p003.PATCHES])
+    upstream.check([*p001.PATCHES, *p002.PATCHES, *p003.PATCHES, *p004.PATCHES])
 
 
 @pytest.mark.parametrize(
-    "patch", (*p001.PATCHES, *p002.PATCHES, *p003.PATCHES), ids=lambda p: p.target.rpartition(":")[2]
+    "patch", (*p001.PATCHES, *p002.PATCHES, *p003.PATCHES, *p004.PATCHES), ids=lambda p: p.target.rpartition(":")[2]
 )
 def test_header_is_complete(patch):
     assert all(getattr(patch, f.name) for f in dataclasses.fields(patch) if f.name != "sources")

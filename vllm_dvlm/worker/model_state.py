@@ -63,9 +63,10 @@ class DiffusionModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         if device.type == "cpu":
-            from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels
+            from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels, p004_waits_that_sleep
 
             p001_cpu_torch_kernels.install()
+            p004_waits_that_sleep.install()
         self.settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         self.family = model.family
         self.token_ids = model.token_ids

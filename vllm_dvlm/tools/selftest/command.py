@@ -151,9 +151,14 @@ def host_rows() -> list[Row]:
         versions = Row("versions", PASS, found)
     except upstream.UpstreamError as error:
         versions = Row("versions", FAIL, str(error), f"install {upstream.SUPPORTED}")
-    from vllm_dvlm.patches.vllm import p001_cpu_torch_kernels, p002_validate_request, p003_serving
+    from vllm_dvlm.patches.vllm import (
+        p001_cpu_torch_kernels,
+        p002_validate_request,
+        p003_serving,
+        p004_waits_that_sleep,
+    )
 
-    modules = (p001_cpu_torch_kernels, p002_validate_request, p003_serving)
+    modules = (p001_cpu_torch_kernels, p002_validate_request, p003_serving, p004_waits_that_sleep)
     try:
         for module in modules:
             upstream.check(module.PATCHES)
