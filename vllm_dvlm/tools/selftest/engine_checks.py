@@ -11,7 +11,6 @@ import dataclasses
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from importlib import resources
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dvlm.tools.selftest.report import FAIL, NOT_HERE, PASS, Row
+from vllm_dvlm.tools.selftest.sync import check_sync
 
 # Largest difference between attention and its dense reference, as a share of the largest number.
 ATTENTION = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.01}
@@ -288,20 +288,7 @@ class Host:
 
         if self.runner.device.type != "cuda":
             return NOT_HERE, "no GPU to wait for", ""
-        self.generate()  # whatever is done once is done by now
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                self.generate()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        found = [each for each in caught if "synchroniz" in str(each.message)]
-        places = [(Path(each.filename), each.lineno) for each in found]
-        own = sorted({f"{path.name}:{line}" for path, line in places if "vllm_dvlm" in path.parts})
-        if own:
-            return FAIL, f"waits in {', '.join(own)}", "slower than need be, answers are right; " + REPORT
-        return PASS, f"no waits of this package in a batch of every kind ({len(found)} elsewhere)", ""
+        return check_sync(self.runner, self.generate, torch.cuda.set_sync_debug_mode)
 
 
 def run(job: Job, append: Callable[[Row], None]) -> None:
