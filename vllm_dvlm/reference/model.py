@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from vllm_dvlm.checkpoint import anyres
 
@@ -187,44 +188,26 @@ class TextModel:
 
 
 class VisionModel:
-    """SigLIP tower without last layer and post-norm, then the two-layer projector (point 10)."""
+    """transformers' SigLIP tower without last layer and post-norm, then the two-layer projector (point 10)."""
 
     def __init__(self, config: dict, tensors: Tensors):
-        self.num_heads = config["num_attention_heads"]
-        self.eps = config.get("layer_norm_eps", 1e-6)
-        self.t = {n.removeprefix(VISION_PREFIX): t for n, t in tensors.items() if n.startswith(VISION_PREFIX)}
-        stored = {int(n.split(".")[2]) for n in self.t if n.startswith("encoder.layers.")}
+        own = {n.removeprefix(VISION_PREFIX): t for n, t in tensors.items() if n.startswith(VISION_PREFIX)}
+        stored = {int(n.split(".")[2]) for n in own if n.startswith("encoder.layers.")}
         # A file saved before the loader cut the tower still holds the last layer; it must not be
         # used.
         self.num_layers = min(len(stored), config.get("num_hidden_layers", len(stored) + 1) - 1)
+        intermediate, hidden = own["encoder.layers.0.mlp.fc1.weight"].shape
+        sizes = {"num_hidden_layers": self.num_layers, "hidden_size": hidden, "intermediate_size": intermediate}
+        siglip = SiglipVisionModel(SiglipVisionConfig(**config | sizes | {"vision_use_head": False}))
+        siglip.post_layernorm = torch.nn.Identity()
+        siglip.load_state_dict({name: own[name] for name in siglip.state_dict()}, assign=True)
+        self.siglip = siglip.eval()
         self.projector = {n: tensors["model.mm_projector." + n] for n in ("0.weight", "0.bias", "2.weight", "2.bias")}
         self.image_newline = tensors["model.image_newline"]  # [D]
 
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, self.t[name + ".weight"], self.t[name + ".bias"])
-
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.t[name + ".weight"], self.t[name + ".bias"], self.eps)
-
     def tower(self, pixels: torch.Tensor) -> torch.Tensor:
         """[S, 729, vision width] of normalised pixels [S, 3, 384, 384]."""
-        kernel = self.t["embeddings.patch_embedding.weight"]
-        bias = self.t["embeddings.patch_embedding.bias"]
-        x = F.conv2d(pixels, kernel, bias, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
-        x = x + self.t["embeddings.position_embedding.weight"]
-        for i in range(self.num_layers):
-            layer = f"encoder.layers.{i}."
-            normed = self._norm(x, layer + "layer_norm1")
-            names = (f"{layer}self_attn.{n}_proj" for n in "qkv")
-            q, k, v = (_split_heads(self._linear(normed, n), self.num_heads) for n in names)
-            mixed = _join_heads(F.scaled_dot_product_attention(q, k, v))
-            x = x + self._linear(mixed, layer + "self_attn.out_proj")
-            inner = F.gelu(
-                self._linear(self._norm(x, layer + "layer_norm2"), layer + "mlp.fc1"),
-                approximate="tanh",
-            )
-            x = x + self._linear(inner, layer + "mlp.fc2")
-        return x
+        return self.siglip(pixels).last_hidden_state
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """[..., D] of tower outputs."""
