@@ -5,7 +5,7 @@ import pytest
 from vllm_dvlm.bench import child
 from vllm_dvlm.bench.abuse import aborts, command, engine_parts, fuzz, kills, served, soak
 from vllm_dvlm.bench.abuse.job import PARTS, Counts, Job
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 COUNTS = Counts(
     fuzzed=24, aborts=6, batches=4, distinct=8, operations=100, clients=4, requests=40, warm_up=40, window=20
@@ -15,7 +15,8 @@ COUNTS = Counts(
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("abuse")
-    return Job(command.write_checkpoint(folder / "checkpoint", 0), folder, 0, 1, COUNTS, PARTS)
+    checkpoint = command.write_checkpoint(folder / "checkpoint", 0)
+    return Job(folder=checkpoint, workdir=folder, seed=0, threads=1, counts=COUNTS, parts=PARTS)
 
 
 def missed(result):
@@ -41,7 +42,7 @@ def test_server(job):
 
 def test_engine(job):
     """Aborts at named moments, mixed batches against alone, random operations; in a process of its own."""
-    result = child.call(1, engine_parts.__name__, "measure_one_group", job)
+    result = child.run(engine_parts.__name__, "measure_one_group", job)
     assert missed(result) == []
     figures = result.figures
     assert figures["R2_api_aborts"] >= 6 and figures["R2_api_good"] >= 4

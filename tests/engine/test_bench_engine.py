@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from vllm_dvlm.bench import engine, engine_env, engine_job
+from vllm_dvlm.bench import child, engine, engine_env, engine_job
 from vllm_dvlm.bench.engine_job import Job
 
 
@@ -20,6 +20,7 @@ def bench_environment(monkeypatch):
 def test_every_figure_of_the_tiny_model(bench_environment, tmp_path):
     job = Job(
         workdir=str(tmp_path),
+        threads=1,
         seed=0,
         repeats=1,
         num_requests=16,
@@ -32,7 +33,7 @@ def test_every_figure_of_the_tiny_model(bench_environment, tmp_path):
         goldens=str(engine_job.default_goldens()),
         quick=True,
     )
-    result = engine._run_child("tiny", job, 1)
+    result = child.run("vllm_dvlm.bench.engine_measure", "measure_tiny", job)
     figures = result.figures
     assert figures["N1_token_equality"] == 1, figures["N1_unequal"]
     # Eleven text cases alone, and one batch of eight or more per checkpoint.

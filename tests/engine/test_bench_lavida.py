@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from vllm_dvlm.bench import lavida
-from vllm_dvlm.bench.pruning_job import in_child
+from vllm_dvlm.bench import child, lavida
 from vllm_dvlm.cli import build_parser, main
 
 OPTIONS = ["--quick", "--models", "tiny", "--repeats", "1", "--threads", "1"]
@@ -24,7 +23,7 @@ def measured(tmp_path_factory):
         for name in ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND"):
             patch.setenv(name, "1")  # put back after the parts have set them
         parts = lavida.parts_of(parse("--keep-ratios", "0.5"), str(tmp_path_factory.mktemp("bench")))
-        return {part[:2]: in_child(*part[:2], shortened(part[2])) for part in parts}
+        return {part[:2]: child.run(*part[:2], shortened(part[2])) for part in parts}
 
 
 def shortened(job):
@@ -56,7 +55,7 @@ def test_figures_are_sane(measured):
 
 
 def test_report(measured, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(lavida, "in_child", lambda *part: measured[part[:2]])
+    monkeypatch.setattr(child, "run", lambda *part: measured[part[:2]])
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")}
     lavida.run(parse(*(f"--{kind}={path}" for kind, path in files.items())))
     figures = json.loads(files["json"].read_text())

@@ -31,7 +31,7 @@ def test_impossible_arguments_end_with_code_2(options, capsys):
 
 
 def test_requests_can_be_repeated_by_their_number(tmp_path):
-    job = Job(tmp_path, tmp_path, 3, 1, QUICK, PARTS)
+    job = Job(folder=tmp_path, workdir=tmp_path, seed=3, threads=1, counts=QUICK, parts=PARTS)
     requests = [fuzz_bodies.request(job.rng("R1", i)) for i in range(60)]
     assert [fuzz_bodies.request(job.rng("R1", i)) for i in range(60)] == requests
     assert len({r.data for r in requests}) > 50 and len({r.path for r in requests}) >= 6
@@ -39,7 +39,7 @@ def test_requests_can_be_repeated_by_their_number(tmp_path):
 
 
 def test_drawn_options_are_valid_and_of_every_kind(tmp_path):
-    job = Job(tmp_path, tmp_path, 0, 1, QUICK, PARTS)
+    job = Job(folder=tmp_path, workdir=tmp_path, seed=0, threads=1, counts=QUICK, parts=PARTS)
     seen = set()
     for i in range(400):
         found = draws.options(job.rng("options", i), i % 2 == 0, 16)

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from vllm_dvlm import cli
-from vllm_dvlm.bench import common, engine, engine_job
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench import child, common, engine, engine_job
+from vllm_dvlm.bench.result import Result
 
 
 def parse(*options):
@@ -70,11 +70,12 @@ def test_command_joins_all_models(monkeypatch, tmp_path, capsys):
     ]
     jobs = {}
 
-    def child(name, job, threads):
+    def run(module, function, job):
+        name = function.removeprefix("measure_")
         jobs[name] = job
         return fake_result(name, growth if name == "tiny" else [])
 
-    monkeypatch.setattr(engine, "_run_child", child)
+    monkeypatch.setattr(child, "run", run)
     monkeypatch.setattr(engine.engine_env, "prepare", lambda num_threads: None)
     monkeypatch.chdir(tmp_path)
     files = [f"--{kind}={tmp_path}/out.{kind}" for kind in ("json", "csv", "png")]
@@ -93,7 +94,7 @@ def test_command_joins_all_models(monkeypatch, tmp_path, capsys):
 
 
 def test_only_one_model(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(engine, "_run_child", lambda name, job, threads: fake_result(name, []))
+    monkeypatch.setattr(child, "run", lambda module, function, job: fake_result(function.removeprefix("measure_"), []))
     monkeypatch.setattr(engine.engine_env, "prepare", lambda num_threads: None)
     assert cli.main(["bench", "engine", "--only", "mid"]) == 0
     assert "N3_tiny" not in capsys.readouterr().out

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_dvlm.bench import frontier, quality, question_job, questions, scoring, settings_grid
+from vllm_dvlm.bench import child, frontier, quality, question_job, questions, scoring, settings_grid
 from vllm_dvlm.bench.frontier import Part
-from vllm_dvlm.bench.pruning_job import Measured
 from vllm_dvlm.bench.quality import Scored
 from vllm_dvlm.bench.questions import Item
+from vllm_dvlm.bench.result import Result
 from vllm_dvlm.bench.settings_grid import Mode, Setting
 from vllm_dvlm.checkpoint.anyres import num_visual_tokens
 from vllm_dvlm.checkpoint.configuration import load_config, resolve_vision_config
@@ -342,8 +342,8 @@ SAID = {
 }
 
 
-def measured_quality() -> Measured:
-    result = Measured(description={"machine": "m"})
+def measured_quality() -> Result:
+    result = Result(description={"machine": "m"})
     for setting, said in SAID.items():
         scored = Scored(setting, ITEMS, said, SAID[Setting(Mode())])
         result.rows.append(scored.row() | {"req/s": 1.0})
@@ -370,7 +370,7 @@ def test_kinds_only_where_there_are_several():
 
 def report_of(command, module, result, monkeypatch, tmp_path, model, *options):
     """Run the command with these results in place of the engine's; JSON, CSV rows and PNG bytes."""
-    monkeypatch.setattr(module, "in_child", lambda name, function, job: result)
+    monkeypatch.setattr(child, "run", lambda name, function, job: result)
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")}
     arguments = ["bench", command, "--model", model, *options]
     assert main([*arguments, *(f"--{kind}={path}" for kind, path in files.items())]) == 0
@@ -425,7 +425,7 @@ def test_cache_baseline_is_the_longest_interval():
 
 
 def test_frontier_report(monkeypatch, tmp_path, model, capsys):
-    result = Measured(description={"machine": "m"})
+    result = Result(description={"machine": "m"})
     seconds = dict(zip(SAID, (0.4, 0.3, 0.2, 0.2, 0.2, 0.1), strict=True))
     columns = ("setting", *quality.PARTS_OF_NAME, "exact", "low", "high", "relative", "flops")
     for row, setting in zip(measured_quality().rows, SAID, strict=True):

@@ -8,11 +8,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vllm_dvlm.bench.common import Row, progress, report
-from vllm_dvlm.bench.pruning_job import CAPACITY_SIZES, Job, Measured, key_of, measure
+from vllm_dvlm.bench.pruning_job import CAPACITY_SIZES, Job, key_of, measure
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
+from vllm_dvlm.bench.result import Result
 
 if TYPE_CHECKING:
-    from vllm_dvlm.bench.pruning_host import StepRecord
+    from vllm_dvlm.bench.engine_host import Step
 
 PARTS = (("vllm_dvlm.bench.capacity", "measure_capacity"),)
 MAX_NUM_SEQS = 256
@@ -31,11 +32,11 @@ def most_in_flight(pool_blocks: int, whole_blocks: int, short_blocks: int) -> in
     return (pool_blocks - whole_blocks) // short_blocks + 1
 
 
-def _settled(steps: list["StepRecord"]) -> bool:
+def _settled(steps: list["Step"]) -> bool:
     return len(steps) > SETTLED and steps[-1].num_running == steps[-1 - SETTLED].num_running
 
 
-def measure_capacity(job: Job) -> Measured:
+def measure_capacity(job: Job) -> Result:
     """In the child: more requests than fit, until no further one gets in; then a fixed number of them."""
     from vllm_dvlm.bench.pruning_host import PruningHost
 
@@ -50,7 +51,7 @@ def measure_capacity(job: Job) -> Measured:
     description = host.describe()
     for name in ("hidden", "layers", "heads", "intermediate", "vocabulary", "image"):
         description[f"capacity_{name}"] = description.pop(name)
-    result = Measured(description=description | {"capacity_pool_kv_blocks": pool, "capacity_steps": job.canvas})
+    result = Result(description=description | {"capacity_pool_kv_blocks": pool, "capacity_steps": job.canvas})
     # As many steps as the canvas has positions: the first requests must live until the last one gets in.
     options = {"diffusion_max_steps": job.canvas}
     unpruned = 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_dvlm.bench import child, engine_env
 from vllm_dvlm.bench.common import Row, add_output_arguments, format_table, report
-from vllm_dvlm.bench.engine_job import Job, Result, check_goldens, default_goldens
+from vllm_dvlm.bench.engine_job import Job, check_goldens, default_goldens
 from vllm_dvlm.synthetic.checkpoint_files import SIZES_8B, Sizes
 
 MID = Sizes(hidden=512, layers=8, heads=8, intermediate=1536)
@@ -35,10 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--logit-std", type=float, default=6.0, help="spread of the random models' logits in N9")
     parser.add_argument("--only", choices=MODELS, help="one model; 8b: a small one in the proportions of LLaDA 8B")
     parser.add_argument("--seed", type=int, default=0)
-
-
-def _run_child(name: str, job: Job, threads: int) -> Result:
-    return child.call(threads, "vllm_dvlm.bench.engine_measure", f"measure_{name}", job)
 
 
 def draw_growth(growth: list[Row]) -> Any:
@@ -68,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="vllm-dvlm-bench-") as workdir:
         job = Job(
             workdir=workdir,
+            threads=arguments.threads,
             seed=arguments.seed,
             repeats=arguments.repeats or (2 if quick else 3),
             num_requests=200 if quick else 1000,
@@ -82,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         load_before = os.getloadavg()[0]
         for name in (arguments.only,) if arguments.only else MODELS:
-            result = _run_child(name, job, arguments.threads)
+            result = child.run("vllm_dvlm.bench.engine_measure", f"measure_{name}", job)
             rows += result.rows
             growth += result.growth
             figures |= result.figures

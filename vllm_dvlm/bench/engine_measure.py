@@ -18,8 +18,9 @@ from vllm_dvlm.bench import baselines
 from vllm_dvlm.bench.baselines import LoopTiming, cached_options, exact_options, time_lean_loop, time_official_loop
 from vllm_dvlm.bench.common import describe_run, peak_rss_bytes, progress, rss_bytes
 from vllm_dvlm.bench.counted import Generation, Shape, work_shares
-from vllm_dvlm.bench.engine_host import EngineHost, StepTime, model_shape, request
-from vllm_dvlm.bench.engine_job import Job, Result, Time
+from vllm_dvlm.bench.engine_host import EngineHost, Step, model_shape, request
+from vllm_dvlm.bench.engine_job import Job
+from vllm_dvlm.bench.result import Result, Time
 from vllm_dvlm.reference.model import Prompt, ReferenceModel, conversation
 from vllm_dvlm.synthetic.checkpoint_files import Ids, Sizes
 from vllm_dvlm.synthetic.random_checkpoint import write_random_checkpoint
@@ -27,6 +28,7 @@ from vllm_dvlm.synthetic.random_checkpoint import write_random_checkpoint
 QUESTION = "<image>\nPlease describe this image in detail."
 OFFICIAL_CHUNK_ROWS = 128  # 320 MB of logits and float64 softmax at a time; the original holds all rows at once
 BATCH = 8
+MAX_MODEL_LEN = 4096
 
 
 def make_image(width: int, height: int, seed: int) -> Image.Image:
@@ -67,7 +69,14 @@ class Side:
         num_first: int = BATCH,
     ) -> "Side":
         """`num_first`: requests of the first batch."""
-        host = EngineHost(folder, max_model_len=4096, max_num_seqs=max_num_seqs, max_canvas_length=128)
+        host = EngineHost(
+            folder,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_batched_tokens=MAX_MODEL_LEN * 8,
+            max_num_seqs=max_num_seqs,
+            limit_mm_per_prompt={"image": 2},
+            additional_config={"dvlm": {"max_canvas_length": 128}},
+        )
         engine_prompt = {"prompt": conversation(QUESTION), "multi_modal_data": {"image": image}}
         # Warms up, fills the encoder cache, and reaches the engine's peak memory.
         host.run([request(engine_prompt, 4, max_steps=2)] * num_first)
@@ -120,7 +129,7 @@ def time_official(side: "Side", job: Job, canvas: int, num_steps: int, warm_up: 
     return [(wall * share, cpu * share) for wall, cpu in loop_times(timing)]
 
 
-def overhead_ms(steps: Sequence[StepTime]) -> float:
+def overhead_ms(steps: Sequence[Step]) -> float:
     """N2: median over steps of the wall time of an engine step less the time inside the model.
 
     The model is its forward, the vocabulary logits and their reduction to token and confidence, timed in the same
@@ -129,7 +138,7 @@ def overhead_ms(steps: Sequence[StepTime]) -> float:
     return 1000 * statistics.median(step.overhead_s for step in steps)
 
 
-def measure_exact(side: Side, job: Job, canvas: int, num_steps: int, result: Result) -> list[StepTime]:
+def measure_exact(side: Side, job: Job, canvas: int, num_steps: int, result: Result) -> list[Step]:
     """N3: exact mode at batch 1 against both loops. Returns the engine's steps."""
     work = [request(side.engine_prompt, canvas, max_steps=num_steps)]
     ours, lean, official, steps, equal = [], [], [], [], True
@@ -158,7 +167,7 @@ def measure_exact(side: Side, job: Job, canvas: int, num_steps: int, result: Res
 
 def measure_batch(
     host: EngineHost, key: str, setting: str, work: list, repeats: int, target: float | None, result: Result
-) -> list[StepTime]:
+) -> list[Step]:
     """N4: the requests together against one after another. Returns the steps of the runs together."""
     together, alone, steps = [], [], []
     host.decode(work)
@@ -213,7 +222,7 @@ def measure_memory(side: Side, job: Job, result: Result) -> None:
         host.max_logits_rows <= bound,
     )
     work = [request(text_prompt(8), 4, max_steps=2)] * BATCH
-    free = host.num_free_kv_blocks
+    free = host.num_free_blocks
     for _ in range(25):
         host.run(work)
     before = rss_bytes()
@@ -223,7 +232,7 @@ def measure_memory(side: Side, job: Job, result: Result) -> None:
     result.value(
         f"N10_rss_growth_bytes_{job.num_requests}_requests", setting, growth, "<= 16 MiB", growth <= 16 * 2**20
     )
-    result.figures["N10_kv_blocks_lost"] = free - host.num_free_kv_blocks
+    result.figures["N10_kv_blocks_lost"] = free - host.num_free_blocks
 
 
 def measure_tiny(job: Job) -> Result:

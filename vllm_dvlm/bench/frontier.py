@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_dvlm.bench import settings_grid
+from vllm_dvlm.bench import child, settings_grid
 from vllm_dvlm.bench.common import Row, progress_bar, report
-from vllm_dvlm.bench.pruning_job import Measured, in_child
 from vllm_dvlm.bench.quality import PARTS_OF_NAME, Scored, load, write_answers
 from vllm_dvlm.bench.question_job import Job, job_of
 from vllm_dvlm.bench.question_job import add_arguments as add_common_arguments
+from vllm_dvlm.bench.result import Result
 from vllm_dvlm.bench.settings_grid import Setting
 
 SHOWN = ("exact_match", "x_exact", "x_cache")  # figures that are printed
@@ -97,7 +97,7 @@ def mark_front(rows: Sequence[Row]) -> None:
         row["front"] = "" if beaten else "*"
 
 
-def measure_frontier(job: Job) -> Measured:
+def measure_frontier(job: Job) -> Result:
     """In the child: all settings in turn, part by part."""
     items, about = load(job)
     if len(items) < job.repeats:
@@ -127,7 +127,7 @@ def measure_frontier(job: Job) -> Measured:
                 )  # fmt: skip
     if job.answers:
         write_answers(Path(job.answers), items, said)
-    result = Measured(description=host.describe() | about | {"repeats": job.repeats, "alone": job.alone})
+    result = Result(description=host.describe() | about | {"repeats": job.repeats, "alone": job.alone})
     base = job.settings[0]
     cache = cache_baseline(job.settings)
     for setting in job.settings:
@@ -173,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.list_settings:
         return 0
-    result = in_child(__name__, "measure_frontier", job)
+    result = child.run(__name__, "measure_frontier", job)
     rows, description = result.rows, result.description | {"threshold": arguments.threshold}
     if arguments.serve is not None:
         from vllm_dvlm.bench import serving_load

@@ -17,7 +17,7 @@ from vllm_dvlm.synthetic import tiny_checkpoint
 
 if TYPE_CHECKING:
     from vllm_dvlm.bench.engine_host import EngineHost, Request
-    from vllm_dvlm.bench.engine_job import Result
+    from vllm_dvlm.bench.result import Result
 
 BATCH = 8
 EOT_ID = 126348

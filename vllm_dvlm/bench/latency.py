@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dvlm.bench.common import Row, progress, report
 from vllm_dvlm.bench.counted import LLADA_8B, Generation, ideal_speedup, keep_ratio_for, work_shares
-from vllm_dvlm.bench.pruning_job import Job, Measured, key_of, measure, merged
+from vllm_dvlm.bench.pruning_job import Job, key_of, measure, merged
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
+from vllm_dvlm.bench.result import Result
 
 if TYPE_CHECKING:
-    from vllm_dvlm.bench.pruning_host import PruningHost, Run
+    from vllm_dvlm.bench.engine_host import Run
+    from vllm_dvlm.bench.pruning_host import PruningHost
 
 MODULE = "vllm_dvlm.bench.latency"
 PARTS = ((MODULE, "measure_steps"), (MODULE, "measure_two_groups"))
@@ -114,12 +116,12 @@ def describe_runs(host: "PruningHost", setting: Setting, runs: list["Run"], base
     }
 
 
-def measure_steps(job: Job) -> Measured:
+def measure_steps(job: Job) -> Result:
     """In the child: N5, the cached setting beside it, N6 in one KV cache group, N7."""
     from vllm_dvlm.bench.pruning_host import PruningHost
 
     host = PruningHost(job, job.sizes)
-    result = Measured(description=host.describe() | {"prompt": host.prompt_len, "visual_tokens": host.num_visual})
+    result = Result(description=host.describe() | {"prompt": host.prompt_len, "visual_tokens": host.num_visual})
     result.figures["image_encoding_s"] = host.encode_s
     result.figures |= counted_at_8b(host)
     ratio = fastv_ratio(host)
@@ -149,7 +151,7 @@ def measure_steps(job: Job) -> Measured:
     return result
 
 
-def _fastv_figures(row: Row, groups: str, result: Measured) -> None:
+def _fastv_figures(row: Row, groups: str, result: Result) -> None:
     """N6: counted FLOPs saved, time saved, and the share of the first that shows in the second."""
     flops_saved, time_saved, cpu_saved = (1 - 1 / row[name] for name in ("ideal", "speedup", "cpu_speedup"))
     result.figures["N6_fastv_keep_ratio"] = row["keep"]
@@ -159,7 +161,7 @@ def _fastv_figures(row: Row, groups: str, result: Measured) -> None:
     result.figures[f"N6_cpu_time_saved_per_flops_saved_{groups}"] = cpu_saved / flops_saved
 
 
-def _measure_first_step(host: "PruningHost", result: Measured) -> None:
+def _measure_first_step(host: "PruningHost", result: Result) -> None:
     """N7: the first step alone, cache on so that KV rows move.
 
     Two views: processor time inside the step (of pruning, against the unpruned step), and wall time of both steps.
@@ -206,12 +208,12 @@ def _measure_first_step(host: "PruningHost", result: Measured) -> None:
             result.figures[f"N7_prune_cost_percent_of_first_step_{key_of(setting.keep_ratio)}"] = 100 * share
 
 
-def measure_two_groups(job: Job) -> Measured:
+def measure_two_groups(job: Job) -> Result:
     """In the child: N6 where fastv is the server's default and the late layers have a KV cache group of their own."""
     from vllm_dvlm.bench.pruning_host import PruningHost
 
     host = PruningHost(job, job.sizes, prune_method="fastv")
-    result = Measured(description=host.describe())
+    result = Result(description=host.describe())
     num_groups = len(host.scheduler.kv_cache_config.kv_cache_groups)
     result.figures["N6_kv_cache_groups"] = num_groups
     keep = fastv_ratio(host)

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from vllm_dvlm.bench import child
 from vllm_dvlm.bench.common import Row, add_output_arguments, progress, report
-from vllm_dvlm.bench.engine_job import Result
 from vllm_dvlm.bench.lavida_job import (
     CANVAS,
     FIGURES,
@@ -21,12 +21,13 @@ from vllm_dvlm.bench.lavida_job import (
     QUICK_SIZES,
     SIZES,
     Job,
+    PrunedJob,
     pruned_job,
 )
-from vllm_dvlm.bench.pruning_job import AnyJob, in_child
+from vllm_dvlm.bench.result import Result
 
 PRUNING, PLAIN = "vllm_dvlm.bench.lavida_pruning", "vllm_dvlm.bench.lavida_measure"
-Part = tuple[str, str, AnyJob]  # module, function, its settings
+Part = tuple[str, str, Job | PrunedJob]  # module, function, its settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,14 +64,15 @@ def parts_of(arguments: argparse.Namespace, workdir: str) -> Iterator[Part]:
         raise ValueError("--threads and --repeats must be at least 1.")
     if any(not 0 < ratio < 1 for ratio in arguments.keep_ratios):
         raise ValueError("--keep-ratios must lie between 0 and 1.")
-    common = (workdir, arguments.threads, arguments.seed, repeats)
+    common = {"workdir": workdir, "threads": arguments.threads, "seed": arguments.seed, "repeats": repeats}
     for name, sizes in (QUICK_SIZES if quick else SIZES).items():
         figures = ("L2",) * ("L2" in only and name in arguments.models) + ("L6",) * ("L6" in only and name == "tiny")
         if figures:
             image, canvas = (QUICK_IMAGE, QUICK_CANVAS) if quick else (IMAGE, CANVAS)
-            yield PLAIN, "measure_model", Job(*common, name, sizes, image, canvas, figures)
+            job = Job(name=name, sizes=sizes, image=image, canvas=canvas, figures=figures, **common)
+            yield PLAIN, "measure_model", job
     figures = tuple(name for name in ("L3", "L4") if name in only)
-    pruned = pruned_job(*common, quick, tuple(arguments.keep_ratios), figures)
+    pruned = pruned_job(quick, tuple(arguments.keep_ratios), figures, **common)
     if figures:
         yield PRUNING, "measure_pruned", pruned
     if "L4" in figures:
@@ -114,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
         parts = list(parts_of(arguments, workdir))
         if not parts:
             raise ValueError("Nothing to measure: name a figure and, for L2, a model.")
-        result = merged([in_child(*part) for part in progress(parts, "engines")])
+        result = merged([child.run(*part) for part in progress(parts, "engines")])
     result.description |= {
         "peak_rss_gib": result.peak_rss_bytes / 2**30,
         "repeats": parts[0][2].repeats,

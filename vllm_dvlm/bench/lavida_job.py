@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from vllm_dvlm.bench import pruning_job
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench import child, pruning_job
+from vllm_dvlm.bench.result import Result
 from vllm_dvlm.synthetic.checkpoint_files import Sizes
 
 FIGURES = {
@@ -34,16 +34,14 @@ QUICK_CANVAS = 16
 PRUNED_CANVAS, PRUNED_STEPS, METHOD = 32, 16, "redvtp"
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One engine beside plain loops; plain data, it travels to a child process.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(child.Job):
+    """One engine beside plain loops.
 
     name: of the model. figures: those of L2 and L6 that are asked for. canvas: positions of L2 and L6.
     """
 
     workdir: str
-    threads: int
-    seed: int
     repeats: int
     name: str
     sizes: Sizes
@@ -52,30 +50,19 @@ class Job:
     figures: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PrunedJob(pruning_job.Job):
     """One engine and pruned requests. figures: those of L3 and L4 that are asked for."""
 
     figures: tuple[str, ...] = ()
 
 
-def pruned_job(
-    workdir: str,
-    threads: int,
-    seed: int,
-    repeats: int,
-    quick: bool,
-    keep_ratios: tuple[float, ...],
-    figures: tuple[str, ...],
-) -> PrunedJob:
-    """Settings of L3 and L4."""
+def pruned_job(quick: bool, keep_ratios: tuple[float, ...], figures: tuple[str, ...], **common: Any) -> PrunedJob:
+    """Settings of L3 and L4. common: workdir, threads, seed and repeats."""
     return PrunedJob(
-        workdir=workdir,
+        **common,
         quick=quick,
         shape="quick" if quick else "8b",
-        threads=threads,
-        seed=seed,
-        repeats=repeats,
         method=METHOD,
         # Unpruned comes first: everything is compared with it.
         keep_ratios=tuple(sorted({1.0, *keep_ratios}, reverse=True)),

@@ -13,9 +13,9 @@ from typing import Any
 from vllm_dvlm.bench.common import describe_run, peak_rss_bytes, progress
 from vllm_dvlm.bench.counted import LLADA_8B, Generation, Shape, prefix_speedup, work_shares
 from vllm_dvlm.bench.engine_host import model_shape, request
-from vllm_dvlm.bench.engine_job import Result, Time
 from vllm_dvlm.bench.engine_measure import BATCH, Side, make_image, measure_batch, overhead_ms, text_prompt
 from vllm_dvlm.bench.lavida_job import STEP_RATIO, Job
+from vllm_dvlm.bench.result import Result, Time
 from vllm_dvlm.reference.lavida_loops import LavidaOptions, LavidaResult, lean_loop, official_loop
 from vllm_dvlm.reference.lavida_model import LavidaModel
 from vllm_dvlm.synthetic.random_lavida import write_random_lavida

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from vllm_dvlm.bench import capacity, latency, throughput
 from vllm_dvlm.bench.common import describe_run, peak_rss_bytes
 from vllm_dvlm.bench.counted import LLADA_8B, ideal_speedup
-from vllm_dvlm.bench.engine_job import Result
 from vllm_dvlm.bench.lavida_job import PrunedJob, value_line
 from vllm_dvlm.bench.pruning_job import key_of
+from vllm_dvlm.bench.result import Result
 
 if TYPE_CHECKING:
-    from vllm_dvlm.bench.pruning_host import PruningHost, Run
+    from vllm_dvlm.bench.engine_host import Run
+    from vllm_dvlm.bench.pruning_host import PruningHost
 
 # Targets at half the visual tokens: the gain in RedVTP's paper, and the share of what counted FLOPs promise.
 GAIN_TARGETS, SHARE_TARGETS = {0.5: 1.28}, {0.5: 0.9}

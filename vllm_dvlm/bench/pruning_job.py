@@ -1,14 +1,15 @@
-"""What the benches of pruning share: settings, their arguments, results, child processes. Light to import."""
+"""What the benches of pruning share: settings, their arguments, how their parts run. Light to import."""
 
 import argparse
 import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from vllm_dvlm.bench import child
 from vllm_dvlm.bench.common import Row, add_output_arguments
+from vllm_dvlm.bench.result import Result
 from vllm_dvlm.pruning.names import METHODS
 from vllm_dvlm.synthetic.checkpoint_files import IMAGE_8B, SIZES_8B, Sizes
 
@@ -24,9 +25,9 @@ KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25, 0.1)
 CACHED = 32  # refresh interval of the cached setting
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Settings of a measurement; plain data, it travels to child processes.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(child.Job):
+    """Settings of a measurement of pruning.
 
     pool_prompts: the KV pool of `capacity`, in unpruned requests; throughput_prompts: that of `throughput`.
     """
@@ -34,8 +35,6 @@ class Job:
     workdir: str
     quick: bool
     shape: str  # of `SHAPES`; the quick sizes have none
-    threads: int
-    seed: int
     repeats: int
     method: str
     keep_ratios: tuple[float, ...]
@@ -53,15 +52,6 @@ class Job:
     def pruned_ratios(self) -> tuple[float, ...]:
         """Keep ratios below 1."""
         return tuple(ratio for ratio in self.keep_ratios if ratio < 1)
-
-
-@dataclasses.dataclass
-class Measured:
-    """Lines of a table, flat figures and the description of the run."""
-
-    rows: list[Row] = dataclasses.field(default_factory=list)
-    figures: Row = dataclasses.field(default_factory=dict)
-    description: Row = dataclasses.field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,24 +115,12 @@ def job_of(arguments: argparse.Namespace, workdir: str) -> Job:
     )
 
 
-class AnyJob(Protocol):
-    """Settings of a measurement that runs in a child process; they have to be picklable."""
-
-    @property
-    def threads(self) -> int: ...
-
-
-def in_child(module: str, function: str, job: AnyJob) -> Any:
-    """`module.function(job)` in a fresh process: an engine, its threads and its peak memory are its own."""
-    return child.call(job.threads, module, function, job)
-
-
-def measure(arguments: argparse.Namespace, parts: Sequence[tuple[str, str]]) -> tuple[Job, list[Measured]]:
+def measure(arguments: argparse.Namespace, parts: Sequence[tuple[str, str]]) -> tuple[Job, list[Result]]:
     """Run parts, (module, function) each, one after another in processes of their own."""
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="vllm-dvlm-bench-") as workdir:
         job = job_of(arguments, workdir)
-        results = [in_child(module, function, job) for module, function in parts]
+        results = [child.run(module, function, job) for module, function in parts]
     for result in results:
         result.description |= {
             "load_average_before": round(load_before, 2),
@@ -159,7 +137,7 @@ def key_of(ratio: float) -> str:
     return f"keep{ratio * 100:g}"
 
 
-def merged(results: Sequence[Measured]) -> tuple[list[Row], Row, Row]:
+def merged(results: Sequence[Result]) -> tuple[list[Row], Row, Row]:
     """Rows, figures and description of several parts; of the peak memories the highest."""
     rows: list[Row] = [row for result in results for row in result.rows]
     figures: Row = {}

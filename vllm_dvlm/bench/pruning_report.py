@@ -5,8 +5,9 @@ from typing import Any
 
 from vllm_dvlm.bench import capacity, latency
 from vllm_dvlm.bench.common import Row, report
-from vllm_dvlm.bench.pruning_job import Job, Measured, measure, merged
+from vllm_dvlm.bench.pruning_job import Job, measure, merged
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
+from vllm_dvlm.bench.result import Result
 
 PARTS = (*latency.PARTS, ("vllm_dvlm.bench.throughput", "measure_every_second"), *capacity.PARTS)
 
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
 
 
-def table(job: Job, steps: Measured, two_groups: Measured, requests: Measured, pool: Measured) -> list[Row]:
+def table(job: Job, steps: Result, two_groups: Result, requests: Result, pool: Result) -> list[Row]:
     """One line per keep ratio, from the lines of the parts; ratios are against unpruned in the same setting."""
 
     def lines(mode: str, *methods: str) -> dict[float, Row]:

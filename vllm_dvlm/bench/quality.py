@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dvlm.bench import settings_grid
+from vllm_dvlm.bench import child, settings_grid
 from vllm_dvlm.bench.common import Row, progress_bar, report
-from vllm_dvlm.bench.pruning_job import Measured, in_child
 from vllm_dvlm.bench.question_job import Job, job_of
 from vllm_dvlm.bench.question_job import add_arguments as add_common_arguments
 from vllm_dvlm.bench.questions import Item, load_items, write_jsonl
+from vllm_dvlm.bench.result import Result
 from vllm_dvlm.bench.scoring import paired_ratio, wilson_interval
 from vllm_dvlm.bench.settings_grid import BASE, Setting
 
@@ -132,13 +132,13 @@ def load(job: Job) -> tuple[list[Item], Row]:
     return items, description
 
 
-def measure_quality(job: Job) -> Measured:
+def measure_quality(job: Job) -> Result:
     """In the child: every setting once with every question."""
     items, about = load(job)
     from vllm_dvlm.bench.question_host import QuestionHost
 
     host = QuestionHost(job, items)
-    result = Measured()
+    result = Result()
     # One question, so that the first setting does not pay for what is made on first use.
     host.ask(items[:1], job.settings[0], job.seed)
     said: dict[Setting, Sequence[Answer]] = {}
@@ -180,7 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
     job = job_of(arguments, settings_grid.quality_default)
     if arguments.list_settings:
         return 0
-    result = in_child(__name__, "measure_quality", job)
+    result = child.run(__name__, "measure_quality", job)
     rows = result.rows
 
     def draw(axes: Sequence[Any]) -> None:

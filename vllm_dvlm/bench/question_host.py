@@ -5,18 +5,17 @@ Importing this module imports vLLM; `engine_env.prepare` comes first.
 
 import dataclasses
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.renderers.hf import resolve_chat_template_content_format
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_dvlm.bench.common import Row, describe_run, peak_rss_bytes
-from vllm_dvlm.bench.engine_env import PROCESS_ENV
+from vllm_dvlm.bench.engine_host import KV_BLOCK_SIZE, EngineHost, Run, Step
 from vllm_dvlm.bench.question_job import Job
 from vllm_dvlm.bench.questions import Item
 from vllm_dvlm.bench.scoring import is_match
@@ -26,7 +25,6 @@ from vllm_dvlm.checkpoint.configuration import load_config, resolve_vision_confi
 from vllm_dvlm.checkpoint.renderer import IMAGE_PLACEHOLDER, default_template
 from vllm_dvlm.steps import cdiv, round_up
 
-KV_BLOCK_SIZE = 32
 # A prompt more than this is not run together with others in one step.
 MAX_STEP_TOKENS = 2**16
 
@@ -54,22 +52,17 @@ class Answered:
     max_running: int
 
 
-class QuestionHost:
-    """An `LLM` whose engine core lives in this process; raises RuntimeError if the environment does not keep it there.
-
-    ValueError if a question does not fit into the model's positions.
-    """
+class QuestionHost(EngineHost):
+    """The engine of a measurement by questions. ValueError if one does not fit into the model's positions."""
 
     def __init__(self, job: Job, items: Sequence[Item]) -> None:
-        if wrong := {name for name, value in PROCESS_ENV.items() if os.environ.get(name) != value}:
-            raise RuntimeError(f"Set {', '.join(sorted(wrong))} as in PROCESS_ENV before vLLM is imported.")
         self.job = job
         self.prompt_len = longest_prompt(job.model, items)
         max_len = round_up(self.prompt_len + job.canvas, KV_BLOCK_SIZE)
         self.request_blocks = cdiv(max_len, KV_BLOCK_SIZE)
         # One more: the null block is never handed out.
         self.pool_blocks = (job.pool_prompts or job.batch) * self.request_blocks + 1
-        self.llm = LLM(
+        super().__init__(
             job.model,
             max_model_len=max_len,
             max_num_batched_tokens=max(max_len, min(job.batch * max_len, MAX_STEP_TOKENS)),
@@ -80,8 +73,6 @@ class QuestionHost:
             num_gpu_blocks_override=self.pool_blocks,
             seed=0,
         )
-        self.engine = self.llm.llm_engine
-        self.scheduler = self.engine.engine_core.engine_core.scheduler
 
     def params(self, setting: Setting, seed: int) -> SamplingParams:
         """Greedy sampling parameters of a request; the seed is that of random pruning."""
@@ -114,23 +105,23 @@ class QuestionHost:
         waiting = deque(enumerate(items))
         index_of: dict[str, int] = {}
         done: dict[int, Answer] = {}
-        wall, cpu, running = 0.0, 0.0, 0
+        steps: list[Step] = []
+        running = 0
         while waiting or self.engine.has_unfinished_requests():
             while waiting and len(index_of) - len(done) < room:
                 index, item = waiting.popleft()
                 index_of[self._add(item, setting, first_seed + index)] = index
-            begin, cpu_begin = time.perf_counter(), time.process_time()
-            outputs = self.engine.step()
-            wall, cpu = wall + time.perf_counter() - begin, cpu + time.process_time() - cpu_begin
-            running = max(running, len(self.scheduler.running) + sum(output.finished for output in outputs))
-            for output in outputs:
-                if output.finished:
-                    index = index_of[output.request_id]
-                    text = output.outputs[0].text
-                    right = is_match(text, items[index].answers)
-                    done[index] = Answer(text, right, output.kv_transfer_params["dvlm"])
-                    on_answer()
-        return Answered([done[index] for index in range(len(items))], wall, cpu, running)
+            step, finished = self.step()
+            steps.append(step)
+            running = max(running, len(self.scheduler.running) + len(finished))
+            for output in finished:
+                index = index_of[output.request_id]
+                text = output.outputs[0].text
+                right = is_match(text, items[index].answers)
+                done[index] = Answer(text, right, output.kv_transfer_params["dvlm"])
+                on_answer()
+        wall_s, process_s = Run(steps, []).time
+        return Answered([done[index] for index in range(len(items))], wall_s, process_s, running)
 
     def describe(self) -> Row:
         """Machine, shapes and memory, for the report."""

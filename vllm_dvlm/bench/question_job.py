@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_dvlm.bench import settings_grid
+from vllm_dvlm.bench import child, settings_grid
 from vllm_dvlm.bench.common import add_output_arguments
 from vllm_dvlm.bench.pruning_job import CACHED
 from vllm_dvlm.bench.settings_grid import Setting
@@ -15,9 +15,9 @@ from vllm_dvlm.families.base import Family
 DEMO = Path("examples") / "demo_model"
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Settings of a measurement; plain data, it travels to the child process.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(child.Job):
+    """Settings of a measurement by questions.
 
     canvas, num_steps, block: of every request, in tokens and denoising steps; block None is the whole canvas.
     batch: most requests in flight; pool_prompts: KV pool in unpruned requests of the longest prompt, None for ample.
@@ -27,8 +27,6 @@ class Job:
     model: str
     data: str | None
     num: int
-    seed: int
-    threads: int
     batch: int
     canvas: int
     num_steps: int

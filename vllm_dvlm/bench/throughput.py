@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_dvlm.bench.common import progress, report
-from vllm_dvlm.bench.pruning_job import Job, Measured, key_of, measure, merged
+from vllm_dvlm.bench.pruning_job import Job, key_of, measure, merged
 from vllm_dvlm.bench.pruning_job import add_arguments as add_common_arguments
+from vllm_dvlm.bench.result import Result
 
 if TYPE_CHECKING:
-    from vllm_dvlm.bench.pruning_host import PruningHost, Run
+    from vllm_dvlm.bench.engine_host import Run
+    from vllm_dvlm.bench.pruning_host import PruningHost
 
 PARTS = (("vllm_dvlm.bench.throughput", "measure_requests"),)
 
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
 
 
-def measure_every_second(job: Job) -> Measured:
+def measure_every_second(job: Job) -> Result:
     """In the child: `measure_requests` for every second keep ratio, the mildest, which gains least, among them."""
     return measure_requests(dataclasses.replace(job, keep_ratios=(1.0, *job.pruned_ratios[::2])))
 
@@ -41,13 +43,13 @@ def take_turns(host: "PruningHost", count: int, ratios: Sequence[float]) -> dict
     return runs
 
 
-def measure_requests(job: Job) -> Measured:
+def measure_requests(job: Job) -> Result:
     """In the child: 1, 4 and 16 requests at once, all of them asked for at the start; pruned against unpruned."""
     from vllm_dvlm.bench.pruning_host import PruningHost, median_ratio
 
     prompts = job.throughput_prompts
     host = PruningHost(job, job.sizes, prompts, max_num_seqs=max(job.concurrency), batched_prompts=prompts)
-    result = Measured(description=host.describe())
+    result = Result(description=host.describe())
     pool = prompts * host.request_blocks
     ratios = (1.0, *job.pruned_ratios)
     result.description["throughput_pool_kv_blocks"] = pool

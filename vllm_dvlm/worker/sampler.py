@@ -79,6 +79,8 @@ class DiffusionSampler:
         self.forbidden = torch.tensor(sorted(ids.forbidden_token_ids), dtype=torch.int64, device=device)
         self.rows_per_chunk = self._rows_per_chunk()
         self.is_sharded = get_tensor_model_parallel_world_size() > 1
+        # Logits of plain rows to (token, confidence). An attribute, so that a bench can time it.
+        self.reduce = greedy_low_confidence
         self._stop_ids_key: list[tuple[int, ...]] = []
         self._stop_ids = torch.empty(0)
 
@@ -170,7 +172,7 @@ class DiffusionSampler:
                         measure(logits, tokens)
                     choose_tokens(logits, 1.0, row_keys(0, 0, tokens))
                 else:
-                    greedy_low_confidence(logits)
+                    self.reduce(logits)
                 del logits
         zeros = torch.zeros(num_reqs, dtype=torch.int32, device=hidden_states.device)
         tokens = torch.zeros(num_reqs, 1, dtype=torch.int64, device=hidden_states.device)
@@ -201,7 +203,7 @@ class DiffusionSampler:
                 self._unstall(step, logits, first, end)
                 if slot.logprobs is not None:  # before the logits are used up
                     out.logprobs.append(rows_of(request, slot, position, logits, logits.argmax(dim=1)))
-                chosen, conf = greedy_low_confidence(logits)
+                chosen, conf = self.reduce(logits)
             else:
                 logits = forbid(self._logits(hidden), self.forbidden)
                 own = logits if slot.logprobs is None else logits.clone()

@@ -10,7 +10,7 @@ from vllm_dvlm.bench.abuse.fuzz_bodies import MODEL, Body, image_part
 from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.abuse.served import Server, session
 from vllm_dvlm.bench.common import progress_bar
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 CHAT = "/v1/chat/completions"
 NUM_GOOD = 16

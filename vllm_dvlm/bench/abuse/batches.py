@@ -10,7 +10,7 @@ from vllm_dvlm.bench.abuse import draws
 from vllm_dvlm.bench.abuse.host import Host, Request, tokens
 from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.common import progress
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 LONGEST = 16  # canvas
 IMAGE_SHARE = 0.3
@@ -50,14 +50,14 @@ def measure(job: Job, host: Host, result: Result) -> None:
     names = [f"q{i}" for i in range(job.counts.distinct)]
     pool = {name: draw_request(job.rng("R3", name)) for name in names}
     begin = time.monotonic()
-    alone = {name: host.run({name: pool[name]})[name] for name in progress(names, "R3 alone")}
+    alone = {name: host.run_named({name: pool[name]})[name] for name in progress(names, "R3 alone")}
     result.description["seconds_R3_alone"] = round(time.monotonic() - begin, 1)
     begin = time.monotonic()
     rng = job.rng("R3", "batches")
     num_runs, unequal, problems, drift = 0, [], [], 0.0
     for number in progress(range(job.counts.batches), "R3 batches"):
         batch = rng.sample(names, min(rng.randint(2, 8), len(names)))
-        for name, output in host.run({name: pool[name] for name in batch}).items():
+        for name, output in host.run_named({name: pool[name] for name in batch}).items():
             num_runs += 1
             wanted = alone[name]
             same_end = output.outputs[0].finish_reason == wanted.outputs[0].finish_reason

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_dvlm.bench.abuse.job import PARTS, QUICK, Counts, Job
 from vllm_dvlm.bench.common import Row, add_output_arguments, describe_run, report
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from vllm_dvlm.bench.abuse.batches import draw_request
 from vllm_dvlm.bench.abuse.host import Host, Request, tokens
 from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.common import progress_bar
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 NUM_GOOD = 24  # different undisturbed requests
 LEAST_GOOD = 4  # of them compared, however few aborts are wanted
@@ -32,7 +32,7 @@ def measure(job: Job, host: Host, result: Result) -> None:
     """Abort requests until so many were aborted and some were compared; any mode, pruned, cached and exact."""
     rng = job.rng("R2", "api")
     good = {f"g{i}": draw_request(job.rng("R2", "good", i), exact=False) for i in range(NUM_GOOD)}
-    undisturbed = {name: tokens(host.run({name: request})[name]) for name, request in good.items()}
+    undisturbed = {name: tokens(host.run_named({name: request})[name]) for name, request in good.items()}
     moments: Counter[str] = Counter()
     victims: dict[str, tuple[str, int]] = {}  # name -> (when to abort it, after how many steps)
     running: dict[str, str] = {}  # name -> good request
@@ -77,7 +77,7 @@ def measure(job: Job, host: Host, result: Result) -> None:
             between_steps()
             problems += host.audit()
             host.inside = inside_step
-            for output in host.step():
+            for output in host.step()[1]:
                 if (key := running.pop(output.request_id, None)) is None:
                     victims.pop(output.request_id, None)  # it ended before its moment came
                     continue

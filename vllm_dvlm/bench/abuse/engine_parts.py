@@ -2,7 +2,7 @@
 
 from vllm_dvlm.bench import child
 from vllm_dvlm.bench.abuse.job import Job
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 
 def measure_one_group(job: Job) -> Result:
@@ -33,7 +33,7 @@ def measure(job: Job, result: Result) -> None:
     """Run them; adds to the result."""
     for function in (measure_one_group, measure_two_groups) if "R4" in job.parts else (measure_one_group,):
         # A process for each: vLLM's process groups are global.
-        found = child.call(job.threads, __name__, function.__name__, job)
+        found = child.run(__name__, function.__name__, job)
         result.rows += found.rows
         result.figures |= found.figures
         result.description |= found.description

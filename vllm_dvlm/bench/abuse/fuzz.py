@@ -9,7 +9,7 @@ from vllm_dvlm.bench.abuse.fuzz_bodies import Request, request
 from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.abuse.served import Server, gather_limited, session
 from vllm_dvlm.bench.common import progress_bar
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 CONCURRENT = 8
 ANSWER_S = 90

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM, RequestOutput, SamplingParams
+from vllm import RequestOutput
 
 from vllm_dvlm.bench.abuse import job as jobs
+from vllm_dvlm.bench.engine_host import EngineHost, Request
 
-Request = tuple[dict[str, Any], SamplingParams]
 MAX_STEPS = 100_000
 
 
-class Host:
-    """An `LLM` whose engine core lives in this process.
+class Host(EngineHost):
+    """An engine in this process and its books.
 
     late_group: late layers in a KV cache group of their own (fastv as the server's default method).
     """
@@ -25,8 +25,8 @@ class Host:
         settings: dict[str, Any] = {"max_canvas_length": jobs.MAX_CANVAS}
         if late_group:
             settings["prune_method"] = "fastv"
-        self.llm = LLM(
-            str(folder),
+        super().__init__(
+            folder,
             max_model_len=jobs.MAX_MODEL_LEN,
             max_num_seqs=jobs.MAX_SEQS,
             num_gpu_blocks_override=jobs.NUM_KV_BLOCKS * (2 if late_group else 1),  # half the layers, half the bytes
@@ -35,10 +35,6 @@ class Host:
             mm_processor_cache_gb=0.05,
             additional_config={"dvlm": settings},
         )
-        self.engine = self.llm.llm_engine
-        self.core = self.engine.engine_core.engine_core
-        self.scheduler = self.core.scheduler
-        self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.state = self.runner.model_state
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         if len(self.managers) != 1 + late_group:
@@ -58,17 +54,13 @@ class Host:
     def add(self, name: str, request: Request) -> None:
         self.engine.add_request(name, *request)
 
-    def step(self) -> list[RequestOutput]:
-        """One engine step; what finished in it."""
-        return [output for output in self.engine.step() if output.finished]
-
-    def run(self, requests: dict[str, Request]) -> dict[str, RequestOutput]:
+    def run_named(self, requests: dict[str, Request]) -> dict[str, RequestOutput]:
         """All together, to the end."""
         for name, request in requests.items():
             self.add(name, request)
         done: dict[str, RequestOutput] = {}
         for _ in range(MAX_STEPS):
-            done |= {output.request_id: output for output in self.step()}
+            done |= {output.request_id: output for output in self.step()[1]}
             if not self.scheduler.has_requests():  # the worker hears of the last ones with one more step
                 return done
         raise RuntimeError("requests that do not end")
@@ -93,10 +85,6 @@ class Host:
         return next(found, None)
 
     # -- books -------------------------------------------------------------------------------------------------------
-
-    @property
-    def num_free_blocks(self) -> int:
-        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def audit(self) -> list[str]:
         """What is wrong with the pool now, in words; true between any two operations."""

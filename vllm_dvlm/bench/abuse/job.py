@@ -4,6 +4,7 @@ import dataclasses
 import random
 from pathlib import Path
 
+from vllm_dvlm.bench import child
 from vllm_dvlm.synthetic.checkpoint_files import Sizes
 
 # The golden shape, but 64 visual tokens per tile instead of 729: requests are short, and pictures are still pruned.
@@ -37,8 +38,8 @@ QUICK = Counts(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(child.Job):
     """One run of the command.
 
     folder: checkpoint. workdir: logs and scratch files. parts: figures to measure.
@@ -46,8 +47,6 @@ class Job:
 
     folder: Path
     workdir: Path
-    seed: int
-    threads: int
     counts: Counts
     parts: tuple[str, ...]
 

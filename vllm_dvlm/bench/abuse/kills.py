@@ -12,7 +12,7 @@ from vllm_dvlm.bench.abuse.aborts import CHAT, victim_body
 from vllm_dvlm.bench.abuse.fuzz import CONTROL, stream_fault
 from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.abuse.served import Server, session, start
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 HEARD_S = 10.0
 EXIT_S = 60.0

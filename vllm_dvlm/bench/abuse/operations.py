@@ -7,7 +7,7 @@ from vllm_dvlm.bench.abuse.batches import draw_request
 from vllm_dvlm.bench.abuse.host import Host
 from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.common import progress
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 MOST = 24  # requests at once: more than the batch and more than the pool hold
 # Few operations may miss what is rare: they go on until a running request was preempted and pruning has freed blocks,
@@ -46,7 +46,7 @@ def measure(job: Job, host: Host, name: str, result: Result) -> None:
         elif draw < 0.38:
             request, kind = rng.choice(sorted(alive)), "abort_inside"
             host.inside = lambda chosen=request: host.abort_inside(chosen)
-            alive -= {output.request_id for output in host.step()}
+            alive -= {output.request_id for output in host.step()[1]}
             host.inside = None
             alive.discard(request)
         elif draw < 0.40:
@@ -57,7 +57,7 @@ def measure(job: Job, host: Host, name: str, result: Result) -> None:
             host.engine.reset_encoder_cache() if not host.scheduler.running else host.engine.reset_prefix_cache()
         else:
             kind = "step"
-            alive -= {output.request_id for output in host.step()}
+            alive -= {output.request_id for output in host.step()[1]}
             problems += host.audit_worker()
         did[kind] += 1
         problems += [f"operation {number} ({kind}): {problem}" for problem in host.audit()]

@@ -11,7 +11,7 @@ from vllm_dvlm.bench.abuse.fuzz_bodies import MODEL, Body, image_part
 from vllm_dvlm.bench.abuse.job import Job
 from vllm_dvlm.bench.abuse.served import Server, gather_limited, session
 from vllm_dvlm.bench.common import Row, progress_bar
-from vllm_dvlm.bench.engine_job import Result
+from vllm_dvlm.bench.result import Result
 
 CONCURRENT = 32
 SAMPLES = 10  # of memory and files in each window
