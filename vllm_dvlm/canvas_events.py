@@ -53,7 +53,7 @@ def canvas_events(request: DiffusionRequest, view: dict[str, Any] | None, mask_t
 
 
 def attach(
-    outputs: dict[int, EngineCoreOutputs], request: DiffusionRequest, shown: dict[str, Any], is_new: bool
+    outputs: dict[int, EngineCoreOutputs], request: DiffusionRequest, carried: dict[str, Any], is_new: bool = False
 ) -> None:
     """Put it on the step's output of the request; on one of its own where the step emits no token, if it is new.
 
@@ -62,8 +62,8 @@ def attach(
     own = outputs.get(request.client_index)
     for output in own.outputs if own is not None else ():
         if output.request_id == request.request_id:
-            output.kv_transfer_params = (output.kv_transfer_params or {}) | {KEY: shown}
+            output.kv_transfer_params = (output.kv_transfer_params or {}) | carried
             return
     if is_new:
-        alone = EngineCoreOutput(request.request_id, [], kv_transfer_params={KEY: shown})
+        alone = EngineCoreOutput(request.request_id, [], kv_transfer_params=carried)
         outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(alone)

@@ -255,10 +255,12 @@ class DiffusionScheduler(Scheduler):
             request.move_to(advance(request.plan, request.position, num_new))
             request.num_computed_tokens = request.step.query_start
             request.needs_encoder = request.restarts = False
+            if num_new and request.sampling_params.stop:
+                attach(outputs, request, {"dvlm": dict(request.report)})  # a stop string ends it in the front end
             if request.shows_canvas:
                 view = (views or {}).get(index)
                 if shown := canvas_events(request, view, self.hf_config.mask_token_id):
-                    attach(outputs, request, shown, is_new=view is not None)
+                    attach(outputs, request, {CANVAS_KEY: shown}, is_new=view is not None)
         return outputs
 
     def _restart(self, request: DiffusionRequest) -> None:

@@ -5,8 +5,13 @@ import math
 import pytest
 
 from tests.engine.server import MODEL, Server
+from vllm_dvlm import placement
 from vllm_dvlm.bench import decisions as bench
 from vllm_dvlm.bench.question_job import model_of
+from vllm_dvlm.families import FAMILIES
+from vllm_dvlm.options import parse
+from vllm_dvlm.serving.decisions import CanvasStrategy, Slots
+from vllm_dvlm.settings import ServerSettings
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +114,37 @@ def test_bad_requests(server, asked, change, message):
 def test_options_with_too_many_tokens():
     from vllm.entrypoints.generate.structured_decisions.question_types import StructuredDecisionError
 
-    from vllm_dvlm.serving.decisions import CanvasStrategy, Slots
-
     strategy = object.__new__(CanvasStrategy)  # the bound needs no server
     options = [[[number, number + 1]] for number in range(127)]
     assert len(strategy._params([Slots(0, options)], 8, None).logprob_token_ids) == 128
     with pytest.raises(StructuredDecisionError, match="129 different tokens; use at most 128"):
         strategy._params([Slots(0, [*options, [[128]]])], 8, None)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"diffusion_block_length": 4},
+        {"diffusion_threshold": 1.0},
+        {"diffusion_step_ratio": 0.5},
+        {"diffusion_schedule": "shift", "diffusion_schedule_shift": 0.33},
+        {"diffusion_draft": "no"},
+        {"diffusion_suffix": "no"},
+        {"diffusion_refresh_interval": 8},
+    ],
+    ids=lambda defaults: next(iter(defaults)),
+)
+def test_defaults_of_the_server_are_none_of_a_decision(architecture, defaults):
+    """One step over a canvas that is all masked, whatever other requests are made of."""
+    strategy = object.__new__(CanvasStrategy)
+    options = strategy._params([Slots(0, [[[300]]])], 8, None).extra_args
+    plans = []
+    for server_defaults in ({}, defaults):
+        settings = ServerSettings(architecture=architecture, defaults=parse(server_defaults))
+        resolved = placement.resolve(options, 8, settings)
+        plans.append((resolved.plan(100), resolved.options.diffusion_draft, resolved.options.diffusion_schedule))
+    assert plans[0] == plans[1] and plans[0][1:] == ("", "uniform") and plans[0][0].block_len == 8
 
 
 def test_bench_measures(server, asked):

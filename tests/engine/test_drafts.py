@@ -21,6 +21,20 @@ SETTINGS = {
     "cached": {"diffusion_block_length": 4, "diffusion_refresh_interval": 3},
     "threshold": {"diffusion_threshold": 1.0},
     "pruned": {"prune_method": "redvtp"},
+    # Before the first block lie positions of the canvas whose KV is read until the next refresh.
+    "pruned, cached": {"prune_method": "redvtp", "diffusion_block_length": 4, "diffusion_refresh_interval": 4},
+    "pruned, old angles": {
+        "prune_method": "redvtp",
+        "prune_positions": "keep",
+        "diffusion_block_length": 4,
+        "diffusion_refresh_interval": 3,
+    },
+    "pruned inside": {
+        "prune_method": "fastv",
+        "prune_layer": 2,
+        "diffusion_block_length": 4,
+        "diffusion_refresh_interval": 3,
+    },
 }
 
 
@@ -31,7 +45,7 @@ def test_as_dense(engine, reference, setting, name):
     draft, options = DRAFTS[name], {"diffusion_canvas_length": 16, **SETTINGS[setting]}
     dense = pruned_reference.decode(reference(seed=0), prompt_of(reference(seed=0), BASE), options, draft=draft)
     output = engine.run({"alone": request(BASE, diffusion_draft=draft, **options)})["alone"]
-    assert_as_dense(engine, "alone", output, dense, pruned=setting == "pruned")
+    assert_as_dense(engine, "alone", output, dense, pruned="pruned" in setting)
     kept = [(i, token) for i, token in enumerate(draft) if token != MASK]
     assert [(i, output.outputs[0].token_ids[i]) for i, _ in kept] == kept
 

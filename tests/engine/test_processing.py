@@ -260,6 +260,23 @@ def test_announced_size_is_checked_before_decoding(front_end):
         ImageMediaIO(image_mode=None).load_bytes(png)
 
 
+def test_a_square_is_bounded_before_it_is_made(fresh):
+    """A kilobyte of PNG may name a million pixels in a row; the square of its side would take terabytes."""
+    request = {"prompt": "<image>", "multi_modal_data": {"image": Image.new("RGB", (1_000_000, 1))}}
+    request["mm_processor_kwargs"] = {"image_aspect_ratio": "pad"}
+    with pytest.raises(VLLMValidationError, match="padded to 1000000x1000000.*VLLM_MAX_IMAGE_PIXELS"):
+        render(fresh, request)
+
+
+def test_images_that_fit_into_no_prompt_are_not_cut_into_tiles(fresh, monkeypatch):
+    """Otherwise one request with a thousand large pictures takes memory and time from everybody."""
+    monkeypatch.setattr(processing, "preprocess", lambda *args: pytest.fail("an image was cut into tiles"))
+    images = [Image.new("RGB", (900, 900), (i, 0, 0)) for i in range(9)]
+    request = {"prompt": "<image>" * 9, "multi_modal_data": {"image": images}}
+    with pytest.raises(VLLMValidationError, match=r"tokens with those of its 9 image\(s\).*fewer or smaller images"):
+        render(fresh, request)
+
+
 def test_image_embeddings_are_refused(fresh):
     request = {"prompt": "<image>", "multi_modal_data": {"image": torch.zeros(1, 7, 64)}}
     with pytest.raises(VLLMValidationError):

@@ -116,6 +116,38 @@ def test_the_report_ends_every_stream(server, chats):
         assert chunks[-1]["usage"]["completion_tokens"] > 0
 
 
+@pytest.mark.parametrize("stream", ["committed", "provisional"])
+def test_prompts_of_one_completion(server, stream):
+    """Each has its own report, and the canvas of each stands under its own index."""
+    prompts = ["How many?", "What is to be seen in a picture that nobody has sent?"]
+    request = {"model": MODEL, "max_tokens": CANVAS, "temperature": 0, "ignore_eos": True}
+    alone = [
+        server.http.post("/v1/completions", json=request | {"prompt": prompt}).json()["kv_transfer_params"]["dvlm"]
+        for prompt in prompts
+    ]
+    assert alone[0] != alone[1]
+    shown = [[], []]
+    for _ in range(10):  # a busy server shows fewer canvases
+        chunks = streamed(server, request | {"prompt": prompts}, "/v1/completions", diffusion_stream=stream)
+        ends = [chunk for chunk in chunks if chunk["choices"] and chunk["choices"][0]["finish_reason"]]
+        assert {c["choices"][0]["index"]: c["kv_transfer_params"]["dvlm"] for c in ends} == dict(enumerate(alone))
+        for index in range(2):
+            own = [chunk for chunk in chunks if chunk["choices"] and chunk["choices"][0]["index"] == index]
+            shown[index] = [event["step"] for event in events(own, "snapshot")]
+            assert shown[index] == sorted(set(shown[index]))
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        if stream == "committed" or all(len(each) > 2 for each in shown):
+            break
+    assert all(shown) == (stream == "provisional")
+
+
+def test_an_interval_of_vllms_own_is_refused(server, chats):
+    """It would hide canvases silently."""
+    sent = chats[0] | {"stream": True, "stream_interval": 4, "vllm_xargs": {"diffusion_stream": "provisional"}}
+    reply = server.http.post("/v1/chat/completions", json=sent)
+    assert reply.status_code == 400 and "use diffusion_stream_every" in reply.text
+
+
 def test_off_is_as_absent(server, chats):
     """Not one event more, not one other word."""
 

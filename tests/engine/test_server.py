@@ -1,6 +1,8 @@
 """``vllm serve`` as a user runs it: two API servers, an engine core and a worker, all requests over HTTP."""
 
 import asyncio
+import base64
+import io
 import json
 import math
 import re
@@ -8,8 +10,10 @@ import shutil
 import subprocess
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from tests.engine.server import (
     BUILD_ARGS,
@@ -126,6 +130,8 @@ def test_stop_string(server):
         reply = server.send(body | changes)
         assert text_of(reply) == (text or " over over over texture wood")
         assert reply["choices"][0]["finish_reason"] == "stop" and reply["choices"][0]["stop_reason"] == " wood"
+        # Of what it took until then: the engine hears of the end from the front end.
+        assert 0 < reply["kv_transfer_params"]["dvlm"]["denoise_steps"] < load(TEXT).settings["steps"]
     server.wait_idle()
 
 
@@ -484,6 +490,35 @@ def test_refused_stream_of_every_endpoint(server, path):
     served = server.http.post(path, json=good | {"stream": True})
     assert served.status_code == 200 and served.headers["content-type"].startswith("text/event-stream")
     assert served.text.count("data: ") > 1 and "error" not in served.text
+
+
+def test_images_that_another_server_has_processed_are_refused(server):
+    """vLLM puts the client's tensors, or none, where an image is said to be: a step would fail for everybody."""
+    features = {
+        "mm_hashes": {"image": ["x"]},
+        "mm_placeholders": {"image": [{"offset": 0, "length": 2}]},
+        "kwargs_data": None,
+    }
+    body = {"token_ids": IDS, "sampling_params": {"max_tokens": 8, "temperature": 0}, "features": features}
+    reply = server.http.post("/inference/v1/generate", json={"model": MODEL} | body)
+    assert reply.status_code == 400 and "send the images themselves" in reply.text
+    assert text_of(server.send(chat_of(TEXT))) == expected(TEXT)
+
+
+def _broken_png():
+    """A second IDAT chunk whose name is none: Pillow raises SyntaxError while it reads the pixels."""
+    data = io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (256, 256, 3), dtype=np.uint8)).save(data, "PNG")
+    data = data.getvalue()
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    return data[:second] + b"\xff\xff\xff\xff" + data[second + 4 :]
+
+
+def test_a_damaged_image_is_the_clients_fault(server):
+    url = "data:image/png;base64," + base64.b64encode(_broken_png()).decode()
+    body = chat_of(TEXT)
+    body["messages"] = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    assert "image" in server.send(body, status=400)["error"]["message"]
 
 
 def _without_ids(body):

@@ -68,8 +68,8 @@ def alone(questions, tmp_path_factory):
     """The answers of one engine, without Ray; it was interrupted and a line torn."""
     source, _ = questions
     out = tmp_path_factory.mktemp("alone") / "out.jsonl"
-    process = start(source, out, "--keep-order")
-    wait_for_lines(process, out, 10)  # a fast host answers the rest while it hears of it
+    process = start(source, out, "--keep-order", "--in-flight", "1")
+    wait_for_lines(process, out, 10)  # a fast host would answer the rest while it hears of it
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 1
     log = out.with_suffix(".log").read_text()

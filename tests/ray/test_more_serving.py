@@ -3,8 +3,12 @@
 import os
 import resource
 import signal
+import ssl
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.ray.served import CHAT, REPLICA, Load, check, picture_questions, processes, serving, text_of, wait_until
@@ -61,3 +65,34 @@ def test_a_request_that_loses_two_replicas_is_told(cluster, questions, tmp_path)
         load.wait(1)
         *_, status, text, _ = load.done[0]
         assert status == 500 and "so was a second one" in text
+
+
+def test_encrypted(cluster, questions, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    with serving(tmp_path, "--ssl-keyfile", str(key), "--ssl-certfile", str(certificate)) as served:
+        assert "at https://127.0.0.1:" in served.log.read_text()
+        url = served.url.replace("http:", "https:")
+        reply = httpx.post(f"{url}{CHAT}", json=questions[0], verify=ssl.create_default_context(cafile=certificate))
+        assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"]
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"{served.url}{CHAT}", json=questions[0])
+
+
+def test_a_command_that_comes_while_another_one_ends(cluster, questions, tmp_path):
+    """What the first one has accepted is answered; the second one serves, and nobody ends what is its own."""
+    long = questions[0] | {"max_tokens": 512, "ignore_eos": True}
+    long["vllm_xargs"] = {"diffusion_canvas_length": 512, "diffusion_block_length": 8}
+    with serving(tmp_path, "--replicas", "1", '--additional-config={"dvlm": {"max_canvas_length": 512}}') as first:
+        port = int(first.url.rpartition(":")[2])
+        with ThreadPoolExecutor(4) as pool:
+            waiting = [pool.submit(first.ask, CHAT, long) for _ in range(4)]
+            first.wait_until_running(4)
+            first.process.send_signal(signal.SIGTERM)
+            with serving(tmp_path, "--replicas", "1", port=port) as second:
+                assert [each.result()[0] for each in waiting] == [200] * 4
+                assert first.process.wait(60) == 0
+                second.wait(1)
+                assert second.ask(CHAT, questions[0])[0] == 200 and second.process.poll() is None

@@ -61,6 +61,12 @@ def test_a_row_in_the_batch_format_passes_as_it_is(tmp_path):
         ({"question": 3}, '"question" must be a text'),
         ({"question": "x", "image": 3}, '"image" must be'),
         ({"question": "x", "image": "none.png"}, "none.png cannot be read: No such file"),
+        ({"question": "x", "image": "http://[bad"}, "cannot be read: "),
+        ({"question": "x", "image": "a\0b"}, "cannot be read: "),
+        ({"question": "x", "image": "\ud800.png"}, "cannot be read: "),
+        ({"question": "x", "vllm_xargs": "y", "prune_method": "redvtp"}, '"vllm_xargs" must be an object'),
+        ({"id": "\ud800", "question": "x"}, "holds half a character"),
+        ("[" * 100_000, "no JSON"),
         ({"question": "x", "max_token": 3}, "'max_token' is no option"),
         ({"question": "x", "messages": []}, "'messages' is no option"),
     ],
@@ -92,7 +98,7 @@ def test_doubled_ids_are_refused_with_both_lines(tmp_path):
 def test_what_is_answered_is_skipped_and_a_torn_line_cut(tmp_path):
     path, out = lines(tmp_path, *(json.dumps({"id": i}) for i in range(5))), tmp_path / "out.jsonl"
     whole = rows.error_line("3", "x") + "\n" + rows.error_line("1", "x") + "\n"
-    out.write_text(whole + '{"custom_id": "2", "resp')
+    out.write_text(whole + rows.error_line("2", "x")[:-9])
     with open_ledger() as ledger:
         assert (ledger.scan(path), ledger.resume(out)) == (5, 2)
         assert out.read_text() == whole
@@ -101,16 +107,24 @@ def test_what_is_answered_is_skipped_and_a_torn_line_cut(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["oops", '{"id": "0"}', '{"custom_id": "9"}', '{"custom_id": "0"}\n{"custom_id": "0"}']
+    "text",
+    [
+        "oops\n",
+        '{"id": "0"}\n',
+        '{"custom_id": "9"}\n',
+        '{"custom_id": "0"}\n{"custom_id": "0"}\n',
+        "no line break in it",
+        '{"custom_id": "0"}\n{"name": "torn, and not by a batch',
+    ],
 )
 def test_another_files_output_is_not_touched(tmp_path, text):
     path, out = lines(tmp_path, '{"id": "0"}'), tmp_path / "out.jsonl"
-    out.write_text(text + "\n")
+    out.write_text(text)
     with open_ledger() as ledger:
         ledger.scan(path)
         with pytest.raises(ValueError, match="name another --output"):
             ledger.resume(out)
-    assert out.read_text() == text + "\n"
+    assert out.read_text() == text
 
 
 @pytest.mark.parametrize(
@@ -120,6 +134,8 @@ def test_another_files_output_is_not_touched(tmp_path, text):
         (["--row-timeout", "-1"], "--row-timeout must be positive"),
         (["--input", "none.jsonl"], "none.jsonl is no file"),
         (["--output", "in.jsonl"], "another file than --input"),
+        (["--enable-metrics"], "--enable-metrics has no effect here"),
+        (["--port", "9000"], "--port has no effect here"),
     ],
 )
 def test_bad_arguments(tmp_path, monkeypatch, capsys, options, text):
@@ -136,6 +152,10 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, options, text):
         (["--drain-timeout", "0"], "--drain-timeout must be positive"),
         (["--min-replicas", "2"], "--min-replicas needs --max-replicas"),
         (["--replicas", "3", "--max-replicas", "2"], "must lie between"),
+        (["--uds", "/tmp/socket"], "--uds has no effect here (the address of the replicas is Ray Serve's)"),
+        (["--ssl-keyfile", "key.pem"], "--ssl-keyfile and --ssl-certfile belong together"),
+        (["--ssl-ca-certs", "ca.pem"], "--ssl-ca-certs has no effect here"),
+        (["--api-server-count", "2"], "--api-server-count has no effect here"),
     ],
 )
 def test_bad_arguments_of_serve(capsys, options, text):
@@ -246,6 +266,18 @@ def test_an_error_of_one_row_is_its_line():
     assert sorted(written) == sorted(NAMES) and totals.losses == 0
 
 
+def test_what_fails_while_rows_are_read_is_told():
+    """And is not taken for the end of the file."""
+
+    def some():
+        yield from (Row(place, name, name) for place, name in enumerate(NAMES[:20]))
+        raise OSError("the disk is gone")
+
+    written = []
+    with pytest.raises(RuntimeError, match="OSError after .* rows: the disk is gone"):
+        asyncio.run(Driver([Flaky(), Flaky()], written.append).run(some()))
+
+
 def test_no_engine_left():
     with pytest.raises(RuntimeError, match="no engine is left, after 0 rows: no start"):
         drive([Flaky(fails=9), Flaky(fails=9)], NAMES)
@@ -274,3 +306,18 @@ def test_rows_of_a_resumed_file(tmp_path):
         found = list(command.rows_of(arguments, ledger, FIELDS))
     assert [(row.place, row.name, row.request is None) for row in found] == [(0, "line-2", True), (1, "b", False)]
     assert "in.jsonl, line 2: no JSON" in found[0].error
+
+
+def test_what_nobody_thought_of_in_a_row_stops_no_other(tmp_path, monkeypatch):
+    """An exception inside a generator ends it for everybody."""
+    path = lines(tmp_path, *(json.dumps({"id": i, "question": "x"}) for i in range(3)))
+    make = command.request_of
+
+    def request_of(line, *more):
+        return make(line, *more) if line.name != "1" else 1 / 0
+
+    monkeypatch.setattr(command, "request_of", request_of)
+    with open_ledger() as ledger:
+        ledger.scan(path)
+        found = list(command.rows_of(command.argparse.Namespace(input=path, model="m"), ledger, FIELDS))
+    assert [row.request is None for row in found] == [False, True, False] and "ZeroDivisionError" in found[1].error

@@ -11,9 +11,12 @@ from vllm_dvlm.denoise.schedule import (
     counts_per_step,
     counts_table,
     grid_table,
+    planned_count,
     steps_on_grid,
     steps_per_block,
 )
+from vllm_dvlm.placement import resolve
+from vllm_dvlm.settings import ServerSettings
 from vllm_dvlm.synthetic.lavida_files import DREAM
 
 names = st.sampled_from(SCHEDULES)
@@ -127,3 +130,17 @@ def test_bad_schedules(args, message):
 def test_impossible_steps(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "uniform"])
+@pytest.mark.parametrize("num_emitted", [0, 1, 3])
+def test_a_request_that_restarts_fills_its_canvas(schedule, num_emitted):
+    """Dream's first token is a step of its own; one that has restarted may know it already."""
+    settings = ServerSettings(architecture="LlavaDreamForMaskedDiffusion")
+    params = resolve({"diffusion_canvas_length": 16, "diffusion_schedule": schedule}, 16, settings)
+    num_steps = params.plan(100).steps_per_block
+    at_start = left = 16 - num_emitted
+    for step in range(num_steps):
+        count = planned_count(params, num_steps, step, at_start, left, num_emitted > 0)
+        left -= count if step or not num_emitted else 0  # in step 0 only the first position may be filled
+    assert left == 0

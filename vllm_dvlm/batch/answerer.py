@@ -16,14 +16,25 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_dvlm.batch.rows import CHAT, error_line
 
+# Options of `vllm run-batch` that are none of a batch here.
+NOT_HERE = ("enable_metrics", "host", "port", "url", "output_tmp_dir")
 # How soon a dead engine is noticed.
 WATCH_S = 0.2
 
 
 def parse(arguments: list[str]) -> Namespace:
-    """vLLM's own options; SystemExit with its message for wrong ones."""
+    """vLLM's own options; SystemExit with its message for wrong ones, ValueError for what nothing here follows."""
     parser = run_batch.make_arg_parser(FlexibleArgumentParser(prog="vllm-dvlm batch"))
-    return parser.parse_args(["-i", "-", "-o", "-", *arguments])
+    args = parser.parse_args(["-i", "-", "-o", "-", *arguments])
+    refuse_others(args, parser, NOT_HERE, "a batch has neither an address nor a page of metrics")
+    return args
+
+
+def refuse_others(args: Namespace, parser: FlexibleArgumentParser, names: tuple[str, ...], reason: str) -> None:
+    """ValueError for options that vLLM has and that nothing here would follow."""
+    for name in names:
+        if hasattr(args, name) and getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect here ({reason}); leave it out")
 
 
 def chat_fields() -> frozenset[str]:

@@ -100,7 +100,7 @@ class Driver:
     totals: Totals = field(default_factory=Totals)
 
     async def run(self, rows: Iterator[Row]) -> Totals:
-        """Answer every row. RuntimeError if no worker is left; rows not written then have no line."""
+        """Answer every row. RuntimeError if no worker is left or `rows` fails; rows not written then have no line."""
         self._rows = rows
         # Rows whose worker was lost, and how often; those with one try left apart.
         self._again, self._last = deque[tuple[Row, int]](), deque[tuple[Row, int]]()
@@ -116,6 +116,10 @@ class Driver:
                 task.cancel()
             await asyncio.gather(*(worker.stop() for worker in self.workers), return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
+        # Where `rows` itself has failed, it has ended for the other workers, too, and nothing is left for them to do.
+        if unexpected := [failure for failure in failures if not isinstance(failure, WorkerLost)]:
+            found = unexpected[0]
+            raise RuntimeError(f"{type(found).__name__} after {self.totals.rows} rows: {found}") from found
         if failures and not self._is_done():
             raise RuntimeError(f"no engine is left, after {self.totals.rows} rows: {failures[-1]}") from failures[-1]
         return self.totals

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from vllm_dvlm.batch.rows import read
 
+# How every output line begins, vLLM's and ours.
+LINE_BEGIN = b'{"id":'
+
 
 class Ledger:
     """Ids seen in the input, and ids with a line in the output, in a temporary database."""
@@ -47,17 +50,18 @@ class Ledger:
         if not path.exists():
             return 0
         end = whole_lines(path)
-        os.truncate(path, end)
         num = 0
         self._db.execute("BEGIN")
         with path.open("rb") as file:
             for number, data in enumerate(file, 1):
+                if not data.endswith(b"\n"):
+                    if data[: len(LINE_BEGIN)] != LINE_BEGIN[: len(data)]:
+                        raise ValueError(self._foreign(path, number))
+                    break
                 try:
                     name = json.loads(data)["custom_id"]
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(
-                        f"{path.name}, line {number} is no answer of a batch; name another --output"
-                    ) from None
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise ValueError(self._foreign(path, number)) from None
                 if self._db.execute("UPDATE ids SET done = 1 WHERE name = ? AND done = 0", (name,)).rowcount != 1:
                     raise ValueError(
                         f"{path.name}, line {number} answers {name!r}, which the input lacks or which is answered "
@@ -65,7 +69,12 @@ class Ledger:
                     )
                 num += 1
         self._db.execute("COMMIT")
+        os.truncate(path, end)  # only now: a file of something else stays as it is
         return num
+
+    @staticmethod
+    def _foreign(path: Path, number: int) -> str:
+        return f"{path.name}, line {number} is no answer of a batch; name another --output"
 
     def is_done(self, name: str) -> bool:
         return bool(self._db.execute("SELECT done FROM ids WHERE name = ?", (name,)).fetchone()[0])

@@ -54,7 +54,7 @@ def _line(number: int, data: bytes) -> Line:
     name = f"line-{number}"
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Line(number, name, None, f"no JSON: {error}")
     if not isinstance(content, dict):
         return Line(number, name, None, f"a JSON object is wanted, not {type(content).__name__}")
@@ -63,6 +63,10 @@ def _line(number: int, data: bytes) -> Line:
         return Line(number, name, content)
     if not isinstance(given, (str, int)) or isinstance(given, bool):
         return Line(number, name, None, f"the id must be a text or a number, not {given!r}")
+    try:
+        str(given).encode()
+    except UnicodeEncodeError:
+        return Line(number, name, None, f"the id {given!r} holds half a character")
     return Line(number, str(given), content)
 
 
@@ -102,6 +106,8 @@ def _body(row: dict[str, Any], folder: Path, known_fields: frozenset[str]) -> di
             body[key] = value
         else:
             raise BadRow(f"{key!r} is no option of a request; remove it")
+    if not isinstance(body.get("vllm_xargs") or {}, dict):
+        raise BadRow('"vllm_xargs" must be an object')
     if own:
         body["vllm_xargs"] = (body.get("vllm_xargs") or {}) | own
     return body
@@ -109,14 +115,16 @@ def _body(row: dict[str, Any], folder: Path, known_fields: frozenset[str]) -> di
 
 def _url(image: str, folder: Path) -> str:
     """A data or web URL as it is; the file of a path or `file:` URL as a data URL."""
-    scheme = urlsplit(image).scheme
-    if scheme in ("data", "http", "https"):
-        return image
-    path = Path(unquote(urlsplit(image).path)) if scheme == "file" else folder / image
     try:
+        scheme = urlsplit(image).scheme
+        if scheme in ("data", "http", "https"):
+            return image
+        path = Path(unquote(urlsplit(image).path)) if scheme == "file" else folder / image
         data = path.read_bytes()
     except OSError as error:
         raise BadRow(f"the image {image} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # no address, or no name of a file
+        raise BadRow(f"the image {image!r} cannot be read: {error}") from None
     kind = mimetypes.guess_type(path.name)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 from transformers import BatchFeature
+from vllm import envs
 from vllm.multimodal.image import normalize_image
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.media import MediaWithBytes
@@ -136,6 +137,13 @@ class TileProcessingInfo(BaseProcessingInfo):
             found = layout_of(width, height, layout)
         except ValueError as error:
             raise InvalidRequest(str(error), parameter="image") from error
+        longest, pixels = max(width, height), envs.VLLM_MAX_IMAGE_PIXELS
+        if layout.mode == "pad" and 0 < pixels < longest**2:
+            raise InvalidRequest(
+                f"An image of {width}x{height} pixels is padded to {longest}x{longest}, this server takes {pixels} "
+                "pixels (VLLM_MAX_IMAGE_PIXELS): send one whose longer side is shorter.",
+                parameter="image",
+            )
         limit = self.max_image_tiles
         if limit is not None and found.num_tiles > limit:
             raise InvalidRequest(
@@ -192,7 +200,32 @@ class TileMultiModalProcessor(BaseMultiModalProcessor[TileProcessingInfo]):
             self.info.image_token_id,
             inputs.mm_data_items.get_all_counts().get("image", 0),
         )
+        self._check_length(inputs)
         return super().apply(inputs, timing_ctx)
+
+    def _check_length(self, inputs: "ProcessorInputs") -> None:
+        """InvalidRequest for images that do not fit into a prompt, by their headers alone: none is cut into tiles yet.
+
+        The checks at the front door count again, with the canvas.
+        """
+        num = inputs.mm_data_items.get_all_counts().get("image", 0)
+        if not num:
+            return
+        layout = self.info.layout_for(inputs.hf_processor_mm_kwargs)
+        images = inputs.mm_data_items.get_items("image", ImageProcessorItems)
+        total = len(inputs.prompt) - num
+        for index in range(num):
+            if not isinstance(images.get(index), (Image.Image, MediaWithBytes)):
+                continue  # pixels of a program's own, not yet known to be an image
+            size = images.get_image_size(index)
+            total += self.info.image_layout(size.width, size.height, layout).num_visual_tokens
+        room = self.info.ctx.model_config.max_model_len
+        if total > room:
+            raise InvalidRequest(
+                f"The prompt has {total} tokens with those of its {num} image(s), this server takes {room} "
+                "(--max-model-len): send fewer or smaller images.",
+                parameter="image",
+            )
 
     def get_dummy_inputs(
         self,

@@ -11,16 +11,39 @@ from argparse import Namespace
 from collections.abc import AsyncIterator
 from typing import Any
 
+# Options of `vllm serve` for its web server. The address here is Ray Serve's.
+NOT_HERE = (
+    "uds",
+    "grpc_port",
+    "uvicorn_log_level",
+    "disable_uvicorn_access_log",
+    "disable_access_log_for_endpoints",
+    "ssl_ca_certs",
+    "enable_ssl_refresh",
+    "ssl_cert_reqs",
+    "ssl_ciphers",
+    "h11_max_incomplete_event_size",
+    "h11_max_header_count",
+    "api_server_count",
+    "headless",
+)
+
 
 def parse(arguments: list[str]) -> Namespace:
-    """`vllm serve`'s own options; SystemExit with its message for wrong ones."""
+    """`vllm serve`'s own options; SystemExit with its message for wrong ones, ValueError for its web server's."""
     try:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     except ImportError:  # moved in vLLM 0.33
         from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args = make_arg_parser(FlexibleArgumentParser(prog="vllm-dvlm serve")).parse_args(arguments)
+    from vllm_dvlm.batch.answerer import refuse_others
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-dvlm serve"))
+    args = parser.parse_args(arguments)
+    refuse_others(args, parser, NOT_HERE, "the address of the replicas is Ray Serve's")
+    if bool(args.ssl_keyfile) != bool(args.ssl_certfile):
+        raise ValueError("--ssl-keyfile and --ssl-certfile belong together")
     validate_parsed_serve_args(args)
     return args
 

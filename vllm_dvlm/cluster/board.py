@@ -16,6 +16,7 @@ class _Board:
         self._fronts: set[str] = set()
         self._closing = asyncio.Event()
         self._owner = ""
+        self._num_coming = 0
         self._is_undone = False
 
     def enter(self, replica: str, address: str) -> None:
@@ -31,18 +32,30 @@ class _Board:
         """Pages by replica."""
         return dict(self._addresses)
 
-    def own(self, command: str) -> None:
-        """The command that serves from now on."""
-        self._owner, self._is_undone = command, False
+    def come(self) -> None:
+        """A command is about to deploy: its fronts are open, whatever the one that serves is at."""
+        self._num_coming += 1
         self._closing.clear()
+
+    def own(self, command: str) -> None:
+        """The command that came serves from now on."""
+        self._owner, self._is_undone = command, False
+        self._num_coming -= 1
+
+    def leave_to_others(self, command: str) -> bool:
+        """A command ends; True if nobody else serves or is about to, so that it is to delete what there is."""
+        if self._owner == command:
+            self._owner = ""
+        return not self._owner and not self._num_coming
 
     def owner(self) -> str:
         """The command that serves."""
         return self._owner
 
     def undo(self) -> None:
-        """A command could not take the place of the one that serves."""
+        """A command that came could not take the place of the one that serves."""
         self._is_undone = True
+        self._num_coming -= 1
 
     def is_undone(self) -> bool:
         """Asked by the command that serves; True once for each `undo`."""
@@ -55,9 +68,9 @@ class _Board:
         await self._closing.wait()
 
     async def close(self) -> None:
-        """Let the fronts take nothing more; return when they have answered all."""
+        """Let the fronts take nothing more; return when they have answered all, or another command comes."""
         self._closing.set()
-        while self._fronts:
+        while self._fronts and not self._num_coming:
             await asyncio.sleep(0.1)
 
 

@@ -2,13 +2,14 @@
 
 import signal
 import threading
+import time
 import uuid
 from argparse import Namespace
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from vllm_dvlm.cluster.actors import connect
 from vllm_dvlm.cluster.application import parse
@@ -58,18 +59,19 @@ def _serve(args: Namespace, arguments: list[str], settings: Settings) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: ended.set())
     host, port = args.host or "0.0.0.0", args.port
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.request_timeout})
-    command, shared = uuid.uuid4().hex, board()
-    is_mine = not ray.get(shared.owner.remote())
+    tls = {name: getattr(args, name) for name in ("ssl_keyfile", "ssl_certfile") if getattr(args, name)}
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.request_timeout, **tls})
+    command, shared = uuid.uuid4().hex, _come()
     try:
         try:
             _deploy(arguments, settings)
-        except ValueError:
-            shared.undo.remote()  # an earlier command deploys its own again
+        except BaseException:
+            ray.get(shared.undo.remote())  # an earlier command deploys its own again
             raise
         ray.get(shared.own.remote(command))
         is_mine = True
-        print(f"{settings.replicas} replicas of {args.model} at http://{host}:{port}", flush=True)
+        scheme = "https" if tls else "http"
+        print(f"{settings.replicas} replicas of {args.model} at {scheme}://{host}:{port}", flush=True)
         while is_mine and not ended.wait(LOOK_S):
             is_mine = ray.get(shared.owner.remote()) == command
             if is_mine and ray.get(shared.is_undone.remote()):
@@ -80,9 +82,21 @@ def _serve(args: Namespace, arguments: list[str], settings: Settings) -> None:
         else:
             print("another command serves now", flush=True)
     finally:
-        if is_mine:
+        if ray.get(shared.leave_to_others.remote(command)):
             _delete()
             ray.kill(shared)
+
+
+def _come() -> Any:
+    """The board, told of this command; a new one where an earlier command takes its own along at this moment."""
+    for _ in range(9):
+        try:
+            shared = board()
+            ray.get(shared.come.remote())
+            return shared
+        except RayActorError:
+            time.sleep(LOOK_S)
+    raise ValueError("what an earlier command left on the cluster does not react; end it with `serve shutdown`")
 
 
 def _deploy(arguments: list[str], settings: Settings) -> None:

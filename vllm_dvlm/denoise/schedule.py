@@ -91,7 +91,9 @@ def counts_per_step(
 _cached_counts = lru_cache(maxsize=4096)(lambda *key: tuple(counts_per_step(*key)))
 
 
-def planned_count(params: ResolvedParams, num_steps: int, step: int, num_at_start: int, num_masked: int) -> int:
+def planned_count(
+    params: ResolvedParams, num_steps: int, step: int, num_at_start: int, num_masked: int, is_first_known: bool = False
+) -> int:
     """Positions that a step of a block unmasks.
 
     Args:
@@ -99,12 +101,13 @@ def planned_count(params: ResolvedParams, num_steps: int, step: int, num_at_star
         num_steps: steps of the block, at most.
         step: of them, from 0.
         num_at_start, num_masked: masked positions of the block when it began, and now.
+        is_first_known: the canvas began with its first token, that of a request that has restarted.
     """
     options = params.options
     if params.first_token_from_prompt:  # a step of its own, before those of the schedule
         if step == 0:
             return 1
-        num_steps, step, num_at_start = num_steps - 1, step - 1, num_at_start - 1
+        num_steps, step, num_at_start = num_steps - 1, step - 1, num_at_start - (not is_first_known)
     if params.grid_steps is not None and options.diffusion_schedule == "uniform":
         return int(grid_table(params.block_len, params.grid_steps, num_steps)[num_masked, step])
     counts = _cached_counts(num_at_start, num_steps, options.diffusion_schedule, options.diffusion_schedule_shift)

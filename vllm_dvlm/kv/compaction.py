@@ -2,7 +2,7 @@
 
     before   [t t v v | v v v v | v t t c | c c . .]      t text, v visual, c canvas; | block border
     kept      ^ ^   ^     ^         ^ ^                   4 of 7 visual tokens dropped
-    after    [t t v v | t t . . ]                         the canvas is computed anew in the next step
+    after    [t t v v | t t . . ]                         the open canvas is computed anew in the next step
 
 B = block size, H = KV heads, D = head size, K = kept rows. Rows are gathered before any is written, since source and
 target overlap.

@@ -47,5 +47,5 @@ class Pruner:
         return "none"
 
     def importance(self, view: StepView) -> torch.Tensor:
-        """Importance per visual token, [N] float32, higher is kept; ties go to the lower index."""
+        """Importance per visual token, [N] float32, higher is kept; ties go to the lower index. On the host or not."""
         raise NotImplementedError

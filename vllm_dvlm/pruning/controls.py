@@ -16,7 +16,7 @@ class RandomPruner(Pruner):
     def importance(self, view: StepView) -> torch.Tensor:
         # Drawn on the host, so that every device and rank draws the same numbers.
         generator = torch.Generator().manual_seed(view.seed % 2**63)
-        return torch.rand(view.visual_embeds.shape[0], generator=generator).to(view.visual_embeds.device)
+        return torch.rand(view.visual_embeds.shape[0], generator=generator)
 
 
 # Powers of the reciprocal of the plastic number, the root of x**3 = x + 1: the generators of the R2 sequence (Roberts,
@@ -37,4 +37,4 @@ class UniformPruner(Pruner):
         # On the host and in float64, so that every device and rank ranks alike.
         places = view.visual_places.cpu().double()
         rank = (places[:, 0] * _ROW_STEP + places[:, 1] * _COLUMN_STEP) % 1
-        return (1 - rank).float().to(view.visual_embeds.device)
+        return (1 - rank).float()

@@ -256,6 +256,12 @@ def _check_request(engine_input: Mapping[str, Any], params: SamplingParams | Poo
         return
     # Some of vLLM's less common endpoints do not ask the renderer.
     limits: PromptLimits | None = engine_input.get(PROMPT_LIMITS_KEY) or _limits.get(noted[1])
+    if engine_input.get("type") == "multimodal" and PROMPT_LIMITS_KEY not in engine_input:
+        # Tensors and their places in the prompt as the client says: what does not fit would end the engine.
+        raise InvalidRequest(
+            "features: this server takes no images that another one has processed; send the images themselves",
+            parameter="features",
+        )
     spelling: Spelling = engine_input.get(SPELLING_KEY, OWN_NAMES)
     token_ids = engine_input.get("prompt_token_ids")
     room = limits.max_model_len - len(token_ids) if limits is not None and token_ids else None
@@ -269,9 +275,17 @@ def _check_stream(params: SamplingParams, resolved: ResolvedParams) -> None:
     """A stream that shows canvases needs somebody who watches."""
     if resolved.options.diffusion_stream != "provisional":
         return
+    channel = provisional_stream.channel()
+    interval = params.stream_interval or (channel.stream_interval if channel is not None else 1)
     if params.n > 1:
         problem = f"shows one canvas, not {params.n}: leave n at 1"
-    elif is_http() and provisional_stream.channel() is None:
+    elif interval > 1:
+        where = "" if params.stream_interval else "--"
+        problem = (
+            f"shows the canvas of each step, and {where}stream-interval {interval} would hide those in between: leave "
+            "it at 1 and use diffusion_stream_every"
+        )
+    elif is_http() and channel is None:
         problem = "works on /v1/chat/completions and /v1/completions: use one of them"
     elif params.output_kind == RequestOutputKind.FINAL_ONLY:
         problem = "shows the canvas of each step, and this request is answered at once: set stream to true"

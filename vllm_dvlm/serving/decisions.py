@@ -31,6 +31,7 @@ from vllm.entrypoints.generate.structured_decisions.question_types import (
 from vllm.entrypoints.generate.structured_decisions.strategies import LABELS, DecisionLimits, QuestionRead, ReadStrategy
 
 from vllm_dvlm.families import FAMILIES
+from vllm_dvlm.options import DenoiseParams
 
 if TYPE_CHECKING:
     from vllm.entrypoints.generate.structured_decisions.protocol import ReadPromptRequest
@@ -46,6 +47,17 @@ LEAST_CANVAS = 8
 MOST_IDS = 128
 # Questions of a request in the engine at a time: each takes its picture's pixels along.
 AT_ONCE = 16
+# Options that would make more steps of a decision than one, or other rows.
+NOT_OF_DECISIONS = (
+    "diffusion_block_length",
+    "diffusion_threshold",
+    "diffusion_step_ratio",
+    "diffusion_schedule",
+    "diffusion_schedule_shift",
+    "diffusion_suffix",
+    "diffusion_cfg_scale",
+    "diffusion_refresh_interval",
+)
 # Characters of a text whose ids are remembered.
 SHORT = 32
 
@@ -137,9 +149,12 @@ class CanvasStrategy(strategies.NextTokenStrategy):
             raise StructuredDecisionError(
                 f"the options have {len(wanted)} different tokens; use at most {MOST_IDS}: fewer options, or letters"
             )
-        options: dict[str, Any] = {"diffusion_canvas_length": canvas, "diffusion_max_steps": 1}
-        if draft is not None:
-            options["diffusion_draft"] = draft
+        # As if nobody had set them: the server may have defaults.
+        options: dict[str, Any] = {name: getattr(DenoiseParams(), name) for name in NOT_OF_DECISIONS} | {
+            "diffusion_canvas_length": canvas,
+            "diffusion_max_steps": 1,
+            "diffusion_draft": draft or "",
+        }
         return SamplingParams(
             max_tokens=canvas,
             temperature=0.0,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_dvlm.options import STREAM_ALIASES
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.outputs import RequestOutput
 
 Message = MutableMapping[str, Any]
@@ -37,28 +38,41 @@ _MARK = "__dvlm_shows_canvases__"
 
 @dataclass
 class Channel:
-    """One streamed request, between vLLM's outputs and its chunks.
+    """One streamed request, between vLLM's outputs and its chunks. A completion may have several prompts.
 
-    waiting: events for chunks to come. report: of the finished request, for the chunk that says so. about: what every
-    chunk of this stream says (id, model, ...).
+    waiting: (prompt, event) for chunks to come. reports: of finished prompts, for the chunks that say so. about: what
+    every chunk of this stream says (id, model, ...). num_prompts: so far. num_choices: of each prompt.
+    stream_interval: the server's.
     """
 
     send: Send
     is_chat: bool
-    waiting: list[dict[str, Any]] = field(default_factory=list)
-    report: dict[str, Any] | None = None
+    waiting: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
     about: dict[str, Any] | None = None
     decode: _Decoder | None = None
     mask_token_id: int = -1
     model_name: str = ""
-    has_shown_pruned: bool = False
+    have_shown_pruned: set[int] = field(default_factory=set)
+    num_prompts: int = 0
+    num_choices: int = 1
+    stream_interval: int = 1
 
-    async def follow(self, outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs as vLLM's generator wants them; what they show goes out between them."""
+    def follow(
+        self, outputs: AsyncGenerator[RequestOutput, None], num_choices: int
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of the next prompt as vLLM's generator wants them; what they show goes out between them."""
+        prompt, self.num_choices = self.num_prompts, num_choices
+        self.num_prompts += 1
+        return self._follow(outputs, prompt)
+
+    async def _follow(
+        self, outputs: AsyncGenerator[RequestOutput, None], prompt: int
+    ) -> AsyncGenerator[RequestOutput, None]:
         is_first = True
         try:
             async for output in outputs:
-                shows = self._take(output)
+                shows = self._take(output, prompt)
                 # The generator says hello at the first output, whatever it brings.
                 if is_first or not shows or output.finished or any(each.token_ids for each in output.outputs):
                     if self.about is None and not self.is_chat:
@@ -67,7 +81,7 @@ class Channel:
                 is_first = False
                 # What no chunk of the generator's has taken along.
                 while self.waiting and self.about is not None:
-                    await self._send_alone(self.waiting.pop(0))
+                    await self._send_alone(*self.waiting.pop(0))
         finally:
             await outputs.aclose()
 
@@ -76,19 +90,19 @@ class Channel:
         name = output.request_id.rsplit("-", 1)[0]
         return {"id": name, "object": "text_completion", "created": int(time.time()), "model": self.model_name}
 
-    def _take(self, output: RequestOutput) -> bool:
+    def _take(self, output: RequestOutput, prompt: int) -> bool:
         """Take what an output shows; True if it shows a canvas."""
         carried = output.kv_transfer_params or {}
-        if output.finished:
-            self.report = carried.get("dvlm")
+        if output.finished and "dvlm" in carried:
+            self.reports[prompt] = carried["dvlm"]
         shown = carried.get(KEY)
         if shown is None:
             return False
-        if "pruned" in shown and not self.has_shown_pruned:
-            self.has_shown_pruned = True
-            self.waiting.append({"event": "pruned"} | shown["pruned"])
+        if "pruned" in shown and prompt not in self.have_shown_pruned:
+            self.have_shown_pruned.add(prompt)
+            self.waiting.append((prompt, {"event": "pruned"} | shown["pruned"]))
         if "snapshot" in shown:
-            self.waiting.append(self._snapshot(dict(shown["snapshot"])))
+            self.waiting.append((prompt, self._snapshot(dict(shown["snapshot"]))))
         return True
 
     def _snapshot(self, shown: dict[str, Any]) -> dict[str, Any]:
@@ -104,16 +118,16 @@ class Channel:
         sure = [None if cell is None or value != value else round(value, 4) for value, cell in pairs]
         return {"event": "snapshot", **shown, "text": text, "tokens": cells, "confidence": sure}
 
-    async def _send_alone(self, event: dict[str, Any]) -> None:
+    async def _send_alone(self, prompt: int, event: dict[str, Any]) -> None:
         body = {"delta": {"content": "", "diffusion": event}} if self.is_chat else {"text": "", "diffusion": event}
-        choice = {"index": 0, **body, "logprobs": None, "finish_reason": None}
+        choice = {"index": prompt, **body, "logprobs": None, "finish_reason": None}
         data = json.dumps({**(self.about or {}), "choices": [choice]}, ensure_ascii=False)
         await self.send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
     async def pass_on(self, message: Message) -> None:
         """Send a message of vLLM's; a chunk takes along what waits for one."""
         body = message.get("body", b"") if message["type"] == "http.response.body" else b""
-        if body.startswith(_EVENT + b"{") and (self.waiting or self.report is not None or self.about is None):
+        if body.startswith(_EVENT + b"{") and (self.waiting or self.reports or self.about is None):
             message = {**message, "body": self._with_events(bytes(body))}
         await self.send(message)
 
@@ -127,12 +141,13 @@ class Channel:
             return body
         self.about = {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
         choice, is_changed = choices[0], False
-        if self.waiting and not choice.get("delta", {}).get("role"):
+        prompt = choice.get("index", 0) // self.num_choices
+        own = next((place for place, (number, _) in enumerate(self.waiting) if number == prompt), None)
+        if own is not None and not choice.get("delta", {}).get("role"):
             place = choice.get("delta", choice) if self.is_chat else choice
-            place["diffusion"], is_changed = self.waiting.pop(0), True
-        if self.report is not None and choice.get("finish_reason") is not None:
-            chunk["kv_transfer_params"], is_changed = {"dvlm": self.report}, True
-            self.report = None
+            place["diffusion"], is_changed = self.waiting.pop(own)[1], True
+        if prompt in self.reports and choice.get("finish_reason") is not None:
+            chunk["kv_transfer_params"], is_changed = {"dvlm": self.reports.pop(prompt)}, True
         return _EVENT + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n" if is_changed else body
 
 
@@ -171,14 +186,17 @@ def _connect(client: Any, own: Channel) -> None:
     if not hasattr(client, _MARK):
         generate, tokenizer = client.generate, _tokenizer(client.model_config)
 
-        def followed(*args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
-            outputs = generate(*args, **kwargs)
+        def followed(
+            prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
+        ) -> AsyncGenerator[RequestOutput, None]:
+            outputs = generate(prompt, sampling_params, *args, **kwargs)
             found = _channel.get()
-            return outputs if found is None else found.follow(outputs)
+            return outputs if found is None else found.follow(outputs, sampling_params.n)
 
         client.generate = followed
         setattr(client, _MARK, _Decoder(tokenizer))
     own.decode = getattr(client, _MARK)
+    own.stream_interval = client.vllm_config.scheduler_config.stream_interval
     own.mask_token_id = client.model_config.hf_config.mask_token_id
 
 

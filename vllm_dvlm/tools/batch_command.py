@@ -41,10 +41,12 @@ def rows_of(arguments: argparse.Namespace, ledger: Ledger, fields: frozenset[str
             continue
         try:
             request = json.dumps(request_of(line, arguments.model, arguments.input.parent, fields))
-            yield Row(place, line.name, request)
-        except BadRow as error:
-            message = f"{arguments.input.name}, line {line.number}: {error}"
-            yield Row(place, line.name, None, error_line(line.name, message))
+            row = Row(place, line.name, request)
+        except Exception as error:  # of this row alone
+            reason = str(error) if isinstance(error, BadRow) else f"{type(error).__name__}: {error}"
+            message = f"{arguments.input.name}, line {line.number}: {reason}"
+            row = Row(place, line.name, None, error_line(line.name, message))
+        yield row
         place += 1
 
 

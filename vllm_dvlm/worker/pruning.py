@@ -249,7 +249,10 @@ class StepPruner:
             seed=job.slot.noise_seed,
         )
         # One rank decides, whatever a method reads: what others compute may differ in the last bit.
-        job.importance = from_first_rank(job.pruner.importance(view))
+        importance = job.pruner.importance(view)
+        if importance.device != view.visual_embeds.device:
+            importance = to_device(importance.numpy(), view.visual_embeds.device)
+        job.importance = from_first_rank(importance)
         keep_count = len(job.visual) - (job.slot.plan.prompt_len - job.slot.pruned_plan.prompt_len)
         job.kept = select(job.importance, keep_count)
 
@@ -274,7 +277,10 @@ class StepPruner:
         tables = self.state.block_tables
         blocks_before = self.state.num_kv_blocks(job.req_idx)
         if before.keeps_kv:
-            self._compact(job, rows, rotate=not keeps_angles)
+            # The canvas is computed anew in the next step, but for what a draft or an earlier life has filled of it.
+            filled = 0 if before.caches_prompt else self.state.canvases.position(job.req_idx).block_start
+            behind = torch.arange(before.prompt_len, before.prompt_len + filled, device=rows.device)
+            self._compact(job, torch.cat([rows, behind]), rotate=not keeps_angles)
         for group, size in enumerate(tables.block_sizes):
             tables.num_blocks.np[group, job.req_idx] = -(-after.total_len // size)
         slot.plan, slot.pruned_plan = after, None

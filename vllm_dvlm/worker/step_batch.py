@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vllm_dvlm.denoise.schedule import planned_count
+from vllm_dvlm.placement import MASKED
 from vllm_dvlm.steps import step_at
 from vllm_dvlm.worker.states import COLUMN, CanvasStates, RequestSlot
 
@@ -67,7 +68,11 @@ class Standing:
         num_masked = at_start = int((block == self.mask_token_id).sum())
         if position.step_in_block:
             at_start = int(self.canvases.mirror_np[self.req_idx, COLUMN["num_masked_at_start"]])
-        return planned_count(params, plan.steps_per_block, position.step_in_block, at_start, num_masked)
+        # Without its draft a canvas begins with nothing known, unless the request has emitted tokens and restarted.
+        num_open = plan.canvas_len - sum(token != MASKED for token in params.texts.draft)
+        return planned_count(
+            params, plan.steps_per_block, position.step_in_block, at_start, num_masked, at_start < num_open
+        )
 
 
 @dataclass

@@ -288,7 +288,22 @@ class Host:
 
         if self.runner.device.type != "cuda":
             return NOT_HERE, "no GPU to wait for", ""
-        return check_sync(self.runner, self.generate, torch.cuda.set_sync_debug_mode)
+        return check_sync(self.runner, self._generate_every_kind, torch.cuda.set_sync_debug_mode)
+
+    def _generate_every_kind(self) -> None:
+        """The recorded runs, every pruning method and a run with a temperature, all in one batch."""
+        from vllm_dvlm.pruning.names import METHODS
+
+        requests = self.requests()
+        prompt, params = next(each for each in requests if "multi_modal_data" in each[0])
+        for method in METHODS:
+            own = params.clone()
+            own.extra_args = dict(params.extra_args) | {"prune_method": method, "prune_keep_ratio": 0.5}
+            requests.append((prompt, own))
+        own = params.clone()
+        own.temperature, own.seed = 0.7, 1
+        prompts, all_params = zip(*[*requests, (prompt, own)], strict=True)
+        self.llm.generate(list(prompts), list(all_params), use_tqdm=False)
 
 
 def run(job: Job, append: Callable[[Row], None]) -> None:
