@@ -22,7 +22,7 @@ SETTINGS = {
     "threshold": {"diffusion_threshold": 1.0},
     "pruned": {"prune_method": "redvtp"},
     # Before the first block lie positions of the canvas whose KV is read until the next refresh.
-    "pruned, cached": {"prune_method": "redvtp", "diffusion_block_length": 4, "diffusion_refresh_interval": 4},
+    "pruned, cached": {"prune_method": "redvtp", "diffusion_block_length": 4, "diffusion_refresh_interval": 2},
     "pruned, old angles": {
         "prune_method": "redvtp",
         "prune_positions": "keep",

@@ -160,7 +160,18 @@ def test_load_of_one_setting(server, checkpoint, tmp_path):
     pixels = [np.full((40, 60, 3), value, dtype=np.uint8) for value in (20, 200)]
     items = [Item("What colour?", ("x",), "all", (_png(image),), ((60, 40),)) for image in pixels]
     setting = Setting(Mode(32), "redvtp", 0.25)
-    job = Job(str(checkpoint(**BUILD_ARGS)), None, 4, 0, 1, 2, 8, 4, None, (setting,))
+    job = Job(
+        model=str(checkpoint(**BUILD_ARGS)),
+        data=None,
+        num=4,
+        seed=0,
+        threads=1,
+        batch=2,
+        canvas=8,
+        num_steps=4,
+        block=None,
+        settings=(setting,),
+    )
     dataset = serving_load.write_dataset(tmp_path / "questions", items)
     before = server.metrics("vllm_dvlm:")["vllm_dvlm:requests_pruned_total"]
     row = serving_load._send(job, setting, dataset, 4, server.port, tmp_path / "result.json")

@@ -105,6 +105,7 @@ class StepPruner:
             pruner,
             layer,
             first,
+            self.state.canvases.position(req_idx).block_start,
             to_device(visual, device),
             to_device(text, device),
             zeros(slot.plan.canvas_len, num),
@@ -278,8 +279,8 @@ class StepPruner:
         blocks_before = self.state.num_kv_blocks(job.req_idx)
         if before.keeps_kv:
             # The canvas is computed anew in the next step, but for what a draft or an earlier life has filled of it.
-            filled = 0 if before.caches_prompt else self.state.canvases.position(job.req_idx).block_start
-            behind = torch.arange(before.prompt_len, before.prompt_len + filled, device=rows.device)
+            num_filled = 0 if before.caches_prompt else job.num_filled
+            behind = torch.arange(before.prompt_len, before.prompt_len + num_filled, device=rows.device)
             self._compact(job, torch.cat([rows, behind]), rotate=not keeps_angles)
         for group, size in enumerate(tables.block_sizes):
             tables.num_blocks.np[group, job.req_idx] = -(-after.total_len // size)

@@ -104,6 +104,7 @@ class PruneJob:
     """One request that prunes in this step.
 
     first: row of the request's first token in the layers that run now (moves when another request is shortened).
+    num_filled: positions of the canvas before the block that the step works on.
     canvas / text_sum / visual_sum: attention summed over layers and heads; see ``StepView``.
     kept: indices of the survivors among the visual tokens, ascending, once they are chosen.
     spent_s: host time of scoring, choosing and compacting so far; on a GPU that is the time to launch it.
@@ -115,6 +116,7 @@ class PruneJob:
     pruner: Pruner
     layer: int | None
     first: int
+    num_filled: int
     visual: torch.Tensor
     text: torch.Tensor
     canvas: torch.Tensor
