@@ -152,7 +152,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, options, text):
         (["--drain-timeout", "0"], "--drain-timeout must be positive"),
         (["--min-replicas", "2"], "--min-replicas needs --max-replicas"),
         (["--replicas", "3", "--max-replicas", "2"], "must lie between"),
-        (["--uds", "/tmp/socket"], "--uds has no effect here (the address of the replicas is Ray Serve's)"),
+        (["--uds", "a.sock"], "--uds has no effect here (the address of the replicas is Ray Serve's)"),
         (["--ssl-keyfile", "key.pem"], "--ssl-keyfile and --ssl-certfile belong together"),
         (["--ssl-ca-certs", "ca.pem"], "--ssl-ca-certs has no effect here"),
         (["--api-server-count", "2"], "--api-server-count has no effect here"),
